@@ -1,0 +1,43 @@
+"""The truth: every operation in plain torch, short enough to check by eye. Runs on any device and dtype.
+
+Other backends are tested against this file; it is also what runs where no faster backend fits.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_rt.formats import get_format
+from sparse_rt.kernels.backends import register_backend
+
+# Rows of dY^T X formed at once by values_grad: the dense gradient of a weight never exists as a whole.
+ROW_BLOCK = 256
+
+
+@register_backend("decompress", name="reference", priority=0)
+def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    return get_format(pattern).decompress(values, metadata, m, n)
+
+
+@register_backend("linear", name="reference", priority=0)
+def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
+    weight = decompress(values.to(x.dtype), metadata, pattern, m, n)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@register_backend("linear_t", name="reference", priority=0)
+def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    return dy @ decompress(values.to(dy.dtype), metadata, pattern, m, n)
+
+
+@register_backend("values_grad", name="reference", priority=0)
+def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    mask = get_format(pattern).unpack_mask(metadata, m, n)
+    accumulate = torch.float64 if values_like.dtype == torch.float64 else torch.float32
+    dy, x = dy.reshape(-1, m).to(accumulate), x.reshape(-1, n).to(accumulate)
+    blocks = []
+    for start in range(0, m, ROW_BLOCK):
+        rows = slice(start, start + ROW_BLOCK)
+        blocks.append((dy[:, rows].T @ x)[mask[rows]].to(values_like.dtype))
+    return torch.cat(blocks).view(values_like.shape) if blocks else torch.empty_like(values_like)

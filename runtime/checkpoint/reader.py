@@ -1,0 +1,222 @@
+"""Model folders on disk: dense sources, and sparse-rt checkpoints with every cheap check of format version 1."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparse_rt.checkpoint.config import FORMAT_VERSION, SparseConfig
+from sparse_rt.checkpoint.header import Header, TensorEntry, read_header
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, get_format
+
+INDEX_NAME = "sparse_rt.safetensors.index.json"
+MANIFEST_NAME = "sparse_rt.manifest.json"
+_INDEX_NAMES = (INDEX_NAME, "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class WeightEntry:
+    """One compressed weight: its pattern, dense shape (m, n), number of kept values and value dtype."""
+
+    pattern: str
+    m: int
+    n: int
+    nnz: int
+    dtype: torch.dtype
+    file: Path
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.nnz / (self.m * self.n)
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.m * self.n * self.dtype.itemsize
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from ``path``; ``FormatError`` when it is missing or damaged."""
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise FormatError(f"{path}: no such file; give a Hugging Face model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise FormatError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(data, dict):
+        raise FormatError(f"{path}: expected a JSON object")
+    return data
+
+
+def resolve_model(model: str | Path, revision: str | None = None) -> Path:
+    """A local folder as it is; anything else is a hub id and is downloaded (``HF_HUB_OFFLINE`` is respected)."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"{model} is a file; give the model's folder or a hub id")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.md"]
+        return Path(snapshot_download(str(model), revision=revision, allow_patterns=patterns))
+    except (HFValidationError, OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{model!r} is neither a local folder nor a reachable hub model ({reason})") from error
+
+
+class ModelFolder:
+    """Tensors of a Hugging Face model folder (safetensors only), found through the index or the single file."""
+
+    def __init__(self, folder: Path, headers: Iterable[Header], config: dict[str, Any]):
+        self.folder, self.config = folder, config
+        self.headers = list(headers)
+        self.tensors: dict[str, TensorEntry] = {}
+        for header in self.headers:
+            for name, entry in header.tensors.items():
+                if name in self.tensors:
+                    raise FormatError(f"tensor {name} is in {self.tensors[name].file.name} and in {entry.file.name}")
+                self.tensors[name] = entry
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None = None):
+        folder = resolve_model(model, revision)
+        config = read_json(folder / "config.json")
+        index = next((folder / name for name in _INDEX_NAMES if (folder / name).is_file()), None)
+        if index is None:
+            return cls(folder, [read_header(file) for file in _loose_files(folder)], config)
+        weight_map = read_json(index).get("weight_map", {})
+        files = sorted(set(weight_map.values()))
+        missing = [name for name in files if not (folder / name).is_file()]
+        if missing:
+            raise FormatError(f"{index.name} names {missing[0]}, which is not in {folder}; copy the model again")
+        opened = cls(folder, [read_header(folder / name) for name in files], config)
+        opened._check_index(index.name, weight_map)
+        return opened
+
+    def _check_index(self, index: str, weight_map: dict[str, str]) -> None:
+        for name in weight_map.keys() - self.tensors.keys():
+            raise FormatError(
+                f"tensor {name} is missing: {index} places it in {weight_map[name]}, which does not hold it"
+            )
+        for name in self.tensors.keys() - weight_map.keys():
+            raise FormatError(f"extra tensor {name} in {self.tensors[name].file.name}: {index} does not list it")
+
+    def load(self, name: str) -> Tensor:
+        """One tensor, read from its file."""
+        if name not in self.tensors:
+            raise FormatError(f"tensor {name} is missing in {self.folder}")
+        try:
+            with safe_open(self.tensors[name].file, framework="pt") as file:
+                return file.get_tensor(name)
+        except Exception as error:  # the library raises its own type for damaged files
+            raise FormatError(f"{self.tensors[name].file.name}: tensor {name} cannot be read ({error})") from error
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(entry.nbytes for entry in self.tensors.values())
+
+
+def _loose_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        hint = "; it holds pickle weights (*.bin), save it as safetensors first" if list(folder.glob("*.bin")) else ""
+        raise FormatError(f"{folder} holds no *.safetensors file{hint}")
+    return files
+
+
+class SourceCheckpoint(ModelFolder):
+    """A model to convert from: dense or pruned, not compressed by sparse-rt."""
+
+
+class Checkpoint(ModelFolder):
+    """A sparse-rt model folder. Opening it runs every check that needs headers only."""
+
+    def __init__(self, folder: Path, headers: Iterable[Header], config: dict[str, Any]):
+        super().__init__(folder, headers, config)
+        self.quantization = SparseConfig.from_dict(config.get("quantization_config") or {})
+        self.weights: dict[str, WeightEntry] = {}
+        self._read_weights()
+        self._check_completeness()
+
+    def _read_weights(self) -> None:
+        for header in self.headers:
+            sparse = header.sparse()
+            if sparse is None:
+                continue
+            version = sparse.get("format_version")
+            if version != FORMAT_VERSION:
+                raise FormatError(f"{header.file.name}: format_version {version!r}, this build reads {FORMAT_VERSION}")
+            for name, described in sparse.get("weights", {}).items():
+                self.weights[name] = self._entry(header.file.name, name, described)
+
+    def _entry(self, file: str, name: str, described: dict[str, Any]) -> WeightEntry:
+        pattern, (m, n) = described.get("pattern"), described.get("shape", (0, 0))
+        try:
+            fmt = get_format(pattern)
+        except UserError as error:
+            raise FormatError(f"{file}: weight {name}: {error}") from error
+        for suffix in fmt.tensor_names:
+            if f"{name}.{suffix}" not in self.tensors:
+                raise FormatError(f"tensor {name}.{suffix} is missing ({file} announces a {pattern} weight {name})")
+        values, metadata = (self.tensors[f"{name}.{suffix}"] for suffix in fmt.tensor_names)
+        fmt.check_header(name, values.shape, metadata.shape, m, n)
+        if metadata.dtype != torch.uint8 or values.dtype not in VALUE_DTYPES:
+            raise FormatError(
+                f"{name}: values are {values.dtype} and metadata {metadata.dtype}; allowed are "
+                f"{', '.join(str(d) for d in VALUE_DTYPES)} and torch.uint8"
+            )
+        expected = self.quantization.pattern_for(name)
+        if expected != pattern:
+            raise FormatError(f"weight {name} is stored as {pattern}, config.json says {expected or 'dense (ignored)'}")
+        nnz = 1
+        for size in values.shape:
+            nnz *= size
+        return WeightEntry(pattern, m, n, nnz, values.dtype, values.file)
+
+    def _check_completeness(self) -> None:
+        known = {
+            f"{name}.{suffix}" for name, w in self.weights.items() for suffix in get_format(w.pattern).tensor_names
+        }
+        for tensor in self.tensors:
+            prefix, _, suffix = tensor.rpartition(".")
+            if tensor not in known and suffix in (VALUES_NAME, "weight_meta", "weight_bitmask"):
+                raise FormatError(f"extra tensor {tensor}: no shard header announces a compressed weight {prefix}")
+            if suffix == "weight" and prefix in self.weights:
+                raise FormatError(f"extra tensor {tensor}: the weight {prefix} is stored compressed as well")
+        if not self.weights:
+            raise FormatError(
+                f"{self.folder}: config.json says sparse_rt, but no shard header announces a compressed weight"
+            )
+
+    def load_weight(self, name: str, check: bool = True) -> tuple[Tensor, Tensor]:
+        """(values, metadata) of one compressed weight; ``check`` runs popcount, nibble, padding and finiteness checks."""
+        if name not in self.weights:
+            raise UserError(f"{name} is not a compressed weight of {self.folder}")
+        entry = self.weights[name]
+        fmt = get_format(entry.pattern)
+        values, metadata = (self.load(f"{name}.{suffix}") for suffix in fmt.tensor_names)
+        if check:
+            fmt.check_data(name, values, metadata, entry.m, entry.n)
+        return values, metadata
+
+    def dense_tensors(self) -> list[str]:
+        """Names of the tensors stored as they were (embeddings, norms, biases, ignored weights)."""
+        compressed = {f"{name}.{s}" for name, w in self.weights.items() for s in get_format(w.pattern).tensor_names}
+        return [name for name in self.tensors if name not in compressed]
+
+
+def is_sparse_checkpoint(folder: str | Path) -> bool:
+    """Whether ``folder`` is a local model whose config.json routes to sparse-rt."""
+    config = Path(folder) / "config.json"
+    if not config.is_file():
+        return False
+    return (read_json(config).get("quantization_config") or {}).get("quant_method") == "sparse_rt"

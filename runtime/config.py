@@ -1,0 +1,205 @@
+"""Options of every command: the flag, the YAML key, the default and the help text from one source.
+
+Torch-free on purpose: the command line builds its help from these classes.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from sparse_rt.errors import UserError
+
+
+class Options(BaseModel):
+    """Base of all option classes; unknown names are refused with the known ones."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=False)
+
+    @classmethod
+    def build(cls, **values: Any):
+        """Validate ``values``; ``UserError`` in one sentence for the first problem."""
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name = "".join(str(part) for part in problem["loc"]) or cls.__name__
+            if problem["type"] == "extra_forbidden":
+                raise UserError(f"unknown option {name!r}; known are {', '.join(sorted(cls.model_fields))}") from error
+            raise UserError(f"option {name}: {problem['msg']} (got {problem['input']!r})") from error
+
+
+def parse_size(text: str | int) -> int:
+    """ "5GB", "500MB", "200kB" or a number of bytes -> bytes (decimal units, as transformers)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKMGT]?)i?B?\s*", str(text))
+    if not match:
+        raise UserError(f"{text!r} is not a size; write for example 5GB or 500MB")
+    return int(float(match[1]) * 1000 ** " kMGT".index(match[2].replace("K", "k") or " "))
+
+
+def check_pattern(pattern: Any) -> Any:
+    """YAML reads an unquoted 2:4 as the integer 124 (base 60); refuse it with the remedy."""
+    if isinstance(pattern, int | float):
+        raise UserError(
+            f"pattern {pattern!r} is a number; YAML reads an unquoted 2:4 as 124, write it in quotes: pattern: '2:4'"
+        )
+    return pattern
+
+
+class ConvertOptions(Options):
+    model: str
+    output_dir: Path
+    pattern: str = Field("2:4", description="2:4, N:M (N kept of M columns) or unstructured")
+    sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
+    method: str = Field("magnitude", description="none (already pruned), magnitude, wanda, sparsegpt")
+    dataset: str | None = Field(None, description="calibration text: .txt, .jsonl, a folder or a hub data set")
+    num_samples: int = Field(128, ge=1, description="calibration sequences")
+    max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")
+    seed: int = Field(0, description="chooses the calibration sequences")
+    ignore: list[str] = Field(["lm_head"], description="modules left dense: a name, its last parts, or re:PATTERN")
+    overrides: dict[str, str] = Field({}, description="modules with another pattern, as NAME=PATTERN")
+    dtype: str = Field("auto", description="dtype of the stored values: auto, bfloat16, float16, float32")
+    device: str = Field("auto", description="where to prune: auto, cpu, cuda")
+    max_shard_size: str = Field("5GB", description="largest weight file")
+    revision: str | None = Field(None, description="hub revision of the source")
+    resume: bool = Field(False, description="go on with an interrupted conversion")
+    dry_run: bool = Field(False, description="say what would be done, read headers only")
+    overwrite: bool = Field(False, description="replace a non-empty output folder")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _pattern(cls, value):
+        return check_pattern(value)
+
+    @field_validator("sparsity")
+    @classmethod
+    def _sparsity(cls, value):
+        if not (math.isfinite(value) and 0 <= value < 1):
+            raise ValueError("sparsity is a fraction from 0 up to (not including) 1; 0.5 removes half of the weights")
+        return value
+
+
+class InspectOptions(Options):
+    model: str
+    plot: Path | None = Field(None, description="write a bar chart of the sparsity per weight")
+
+
+class VerifyOptions(Options):
+    model: str
+    against: str | None = Field(None, description="another model whose masks and values are compared")
+
+
+class FinetuneOptions(Options):
+    """``trainer`` holds the names of transformers' ``TrainingArguments`` as they are."""
+
+    model: str
+    output_dir: Path
+    adapter: str = Field("spp", description="spp or masklora")
+    dataset: str | None = Field(None, description="training data: .jsonl, .txt, a folder or a hub data set")
+    max_seq_len: int = Field(512, ge=2, description="tokens of a training sequence")
+    adapter_options: dict[str, Any] = Field({}, description="options of the adapter's config, such as groups or r")
+    trainer: dict[str, Any] = Field({}, description="transformers TrainingArguments by name")
+    seed: int = Field(0, description="data order and adapter initialisation")
+    revision: str | None = Field(None, description="hub revision of the model")
+    resume: bool = Field(False, description="go on from the last checkpoint of the output folder")
+    overwrite: bool = Field(False, description="replace a non-empty output folder")
+
+
+class MergeOptions(Options):
+    model: str
+    adapter: str
+    output_dir: Path
+    dtype: str = Field("auto", description="dtype of the merged values: auto, bfloat16, float16, float32")
+    verify: bool = Field(True, description="prove mask and logits before anything is written")
+    max_shard_size: str = Field("5GB", description="largest weight file")
+    overwrite: bool = Field(False, description="replace a non-empty output folder")
+
+
+class ExportOptions(Options):
+    model: str
+    output_dir: Path
+    to: str = Field(description="vllm, onnx, dense or compressed-tensors")
+    check: bool = Field(False, description="load the result in its engine and compare with this model")
+    options: dict[str, Any] = Field({}, description="options of the exporter")
+    overwrite: bool = Field(False, description="replace a non-empty output folder")
+
+
+class EvalOptions(Options):
+    model: str
+    dataset: str | None = Field(None, description="text file for perplexity; default: the shipped held-out text")
+    max_seq_len: int = Field(2048, ge=2, description="context length of perplexity")
+    max_samples: int | None = Field(
+        None, ge=1, description="windows (perplexity) or documents a task (lm-eval) at most"
+    )
+    tasks: str | None = Field(None, description="lm-evaluation-harness tasks, comma separated, instead of perplexity")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    revision: str | None = None
+
+
+class GenerateOptions(Options):
+    model: str
+    prompt: str = Field(description="text to continue")
+    max_new_tokens: int = Field(64, ge=1, description="tokens to add, chosen greedily")
+    device: str = Field("auto", description="auto, cpu or cuda")
+    revision: str | None = None
+
+
+class BenchOptions(Options):
+    model: str
+    baseline: str | None = Field(None, description="dense model to compare with; default: this model, decompressed")
+    phase: list[str] = Field([], description="disk, load, memory, prefill, decode, train; default: all")
+    engine: list[Literal["hf", "vllm", "onnx"]] = Field(["hf"], description="hf, vllm, onnx (repeatable)")
+    batch: list[int] = Field([1], description="sequences at once (repeatable)")
+    prompt_tokens: int = Field(128, ge=1, description="tokens of prefill")
+    new_tokens: int = Field(32, ge=2, description="tokens of decode")
+    train_tokens: int = Field(256, ge=2, description="tokens of a training step")
+    repeats: int = Field(5, ge=1, description="interleaved repetitions; the median counts")
+    report: Path | None = Field(None, description="folder for report.json, report.md and report.png")
+    fail_below: float | None = Field(
+        None, gt=0, description="exit 3 when a prefill/decode/train speed-up is below this"
+    )
+    overwrite: bool = Field(False, description="replace a non-empty report folder")
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A run file as a dictionary; ``UserError`` when it is missing or not a mapping."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} must hold 'key: value' lines, got {type(data).__name__}")
+    if "pattern" in data:
+        check_pattern(data["pattern"])
+    return data
+
+
+def parse_assignments(assignments: list[str]) -> dict[str, Any]:
+    """["learning_rate=2e-5", ...] -> dictionary; values are read as YAML, "2e-5" as the number it looks like."""
+    import yaml
+
+    parsed: dict[str, Any] = {}
+    for text in assignments:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {text!r}: write KEY=VALUE")
+        parsed[name.strip()] = number(yaml.safe_load(value) if value else "")
+    return parsed
+
+
+def number(value: Any) -> Any:
+    """Text that is a number (YAML leaves 2e-5 as text) becomes one."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value

@@ -1,0 +1,43 @@
+"""Sparsity patterns and how they are stored; depends on torch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_rt.formats.base import (
+    VALUE_DTYPES,
+    VALUES_NAME,
+    Format,
+    check_finite,
+    formats,
+    get_format,
+    is_pattern,
+    known_patterns,
+    register_format,
+)
+
+__all__ = [
+    "VALUES_NAME",
+    "VALUE_DTYPES",
+    "Format",
+    "check_finite",
+    "formats",
+    "get_format",
+    "is_pattern",
+    "known_patterns",
+    "normalize_zeros",
+    "positions",
+    "register_format",
+]
+
+
+def positions(fmt: Format, metadata: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Row and column of every kept value in storage order: int32 [nnz] each."""
+    index = fmt.unpack_mask(metadata, m, n).flatten().nonzero().squeeze(-1)
+    return (index // n).to(torch.int32), (index % n).to(torch.int32)
+
+
+def normalize_zeros(weight: Tensor) -> Tensor:
+    """-0.0 -> +0.0, everything else bit for bit; done before a mask is chosen (-0.0 once broke 2:4 kernels)."""
+    return torch.where(weight == 0, torch.zeros_like(weight), weight)

@@ -1,0 +1,84 @@
+"""Format ``N:M``: N kept of every M consecutive columns (4:8, 1:4, 16:32, ...), positions as a bitmask.
+
+2:4 has a format of its own with nibbles (``two_four.py``); the group arithmetic is shared from here.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats.base import Format, keep_highest, register_format
+from sparse_rt.formats.bitmask import BitmaskFormat
+from sparse_rt.formats.packing import unpack_bits
+
+MAX_GROUP = 256
+
+
+@register_format
+class NM(BitmaskFormat):
+    name = "N:M"
+    priority = 2
+
+    def __init__(self, kept: int, group: int):
+        super().__init__(f"{kept}:{group}")
+        self.kept, self.group = kept, group
+        self.default_sparsity = 1 - kept / group
+
+    @classmethod
+    def parse(cls, pattern: str) -> Format | None:
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not match or pattern == "2:4":
+            return None
+        kept, group = int(match[1]), int(match[2])
+        if not 0 < kept < group <= MAX_GROUP:
+            raise UserError(
+                f"pattern {pattern!r}: need 0 < N < M <= {MAX_GROUP}; N:M means N kept of M consecutive columns"
+            )
+        return cls(kept, group)
+
+    def refuse_shape(self, m: int, n: int) -> str | None:
+        return None if n % self.group == 0 else f"{n} columns are not a multiple of {self.group}"
+
+    def mask_from_scores(self, scores: Tensor, sparsity: float | None = None, scope: str = "matrix") -> Tensor:
+        return keep_in_groups(scores, self.kept, self.group)
+
+    def mask_of(self, weight: Tensor) -> Tensor:
+        return nm_mask_of(weight, self.kept, self.group)
+
+    def values_shape(self, m: int, n: int, nnz: int) -> tuple[int, ...]:
+        return (m, n // self.group * self.kept)
+
+    def check_metadata(self, name: str, metadata: Tensor, m: int, n: int) -> None:
+        super().check_metadata(name, metadata, m, n)
+        counts = unpack_bits(metadata, n).view(m, n // self.group, self.group).sum(-1)
+        wrong = counts != self.kept
+        if bool(wrong.any()):
+            row, group = (int(i) for i in wrong.nonzero()[0])
+            raise FormatError(
+                f"{name}.{self.metadata_name}: row {row}, group {group} keeps {int(counts[row, group])} weights, "
+                f"the pattern {self.pattern} keeps {self.kept}"
+            )
+
+
+def keep_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
+    """Keep the ``kept`` highest scores of every ``group`` consecutive columns, ties by lower index."""
+    m, n = scores.shape
+    return keep_highest(scores.reshape(m, n // group, group), kept).view(m, n)
+
+
+def nm_mask_of(weight: Tensor, kept: int, group: int) -> Tensor:
+    """Mask of a weight that already obeys N:M; groups with fewer nonzeros keep zeros at the lowest free columns."""
+    m, n = weight.shape
+    nonzero = (weight != 0).view(m, n // group, group)
+    counts = nonzero.sum(-1)
+    if bool((counts > kept).any()):
+        row, index = (int(i) for i in (counts > kept).nonzero()[0])
+        raise FormatError(
+            f"row {row}, columns {index * group}..{index * group + group - 1} hold {int(counts[row, index])} nonzeros, "
+            f"the pattern {kept}:{group} allows {kept}; prune the weight first"
+        )
+    return keep_highest(nonzero.to(torch.uint8), kept).view(m, n)

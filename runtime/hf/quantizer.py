@@ -1,0 +1,140 @@
+"""``AutoModelForCausalLM.from_pretrained`` for sparse-rt folders: swaps ``nn.Linear`` for ``SparseLinear`` by header.
+
+Importing this module registers it with transformers. Without it transformers stops with "no file named
+model.safetensors", because the shards of a converted model carry names of their own: nothing loads random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.utils import cached_file
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_rt.checkpoint import INDEX_NAME, QUANT_METHOD, Checkpoint, SparseConfig, read_header, sparse_header
+from sparse_rt.checkpoint.header import METADATA_KEY
+from sparse_rt.errors import FormatError
+from sparse_rt.nn import SparseLinear, sparse_linears
+
+
+class SparseRTConfig(QuantizationConfigMixin):
+    """``quantization_config`` as transformers sees it; the checked model behind it is ``SparseConfig``."""
+
+    def __init__(self, **fields):
+        fields.pop("dequantize", None)
+        self.sparse = SparseConfig.from_dict({"quant_method": QUANT_METHOD, **fields})
+        self.quant_method = QUANT_METHOD
+
+    def to_dict(self) -> dict:
+        return self.sparse.to_dict()
+
+    def to_diff_dict(self) -> dict:
+        return self.to_dict()
+
+    def get_loading_attributes(self) -> dict:
+        return {}
+
+
+class SparseRTQuantizer(HfQuantizer):
+    """Loads, saves and dequantizes sparse-rt models; compressing a dense model is ``sparse-rt convert``."""
+
+    requires_calibration = True
+
+    def update_attn_implementation(self, config):
+        # The only hook that sees the config before the weight files are resolved. Folders written by save_pretrained
+        # carry the standard names, converted ones their own.
+        source = getattr(config, "_name_or_path", "")
+        if source and cached_file(source, INDEX_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+            config.transformers_weights = INDEX_NAME
+        return config
+
+    def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
+        if not checkpoint_files:
+            raise FormatError("a sparse-rt model is loaded from safetensors files; none were found")
+        headers = [read_header(file) for file in checkpoint_files]
+        config = {"quantization_config": self.quantization_config.to_dict()}
+        checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, headers, config)
+        swap_modules(model, checkpoint)
+        return model
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        # The loader wraps every floating tensor as a trainable parameter, whatever the module declared.
+        for name, module in sparse_linears(model):
+            module.weight_values.requires_grad_(False)
+            module.metadata.requires_grad_(False)
+            if not module.weight_values.is_meta and not module.metadata.is_meta:
+                module.format.check_data(name, module.values, module.metadata, module.out_features, module.in_features)
+        return model
+
+    def _dequantize(self, model, dtype=None):
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        for name, module in list(sparse_linears(model)):
+            dense = module.to_dense()
+            model.set_submodule(name, dense if dtype is None else dense.to(dtype))
+        return model
+
+    def get_state_dict_and_metadata(self, model):
+        weights = {
+            name: {"pattern": module.pattern, "shape": [module.out_features, module.in_features]}
+            for name, module in sparse_linears(model)
+        }
+        return None, {METADATA_KEY: sparse_header(weights)[METADATA_KEY]}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Replace every ``nn.Linear`` whose weight is compressed in ``checkpoint`` by an empty ``SparseLinear``.
+
+    Raises ``FormatError`` when the checkpoint has a weight the model lacks, or lacks one that its config announces.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    modules = dict(model.named_modules())
+    swapped = set()
+    for key, entry in checkpoint.weights.items():
+        name = next((c for c in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}") if c in modules), None)
+        if name is None:
+            continue  # a head that this model class does not have; transformers reports unexpected keys itself
+        linear = modules[name]
+        if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (entry.m, entry.n):
+            raise FormatError(
+                f"weight {key} is ({entry.m}, {entry.n}), the model has {linear} there; the config does not fit the weights"
+            )
+        dtype = linear.weight.dtype
+        empty = SparseLinear.empty(entry.n, entry.m, linear.bias is not None, entry.pattern, entry.nnz, dtype)
+        if linear.bias is not None:
+            empty.bias = linear.bias
+        model.set_submodule(name, empty)
+        swapped.add(name)
+    _check_missing(modules, swapped, checkpoint)
+
+
+def _check_missing(modules: dict[str, nn.Module], swapped: set[str], checkpoint: Checkpoint) -> None:
+    for name, module in modules.items():
+        if type(module) is not nn.Linear or name in swapped or f"{name}.weight" in checkpoint.tensors:
+            continue
+        pattern = checkpoint.quantization.pattern_for(name)
+        if pattern is not None:
+            raise FormatError(
+                f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight; convert the model again"
+            )
+
+
+# Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(SparseRTConfig)
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(SparseRTQuantizer)

@@ -1,0 +1,118 @@
+"""Small models and weights that tests build for themselves."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_rt import assets
+from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, output_directory
+from sparse_rt.formats import get_format, normalize_zeros
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def random_weight(m: int, n: int, pattern: str, sparsity: float = 0.5, dtype=torch.float32, seed: int = 0) -> Tensor:
+    """A weight [m, n] that obeys ``pattern``."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(m, n, generator=generator)
+    mask = get_format(pattern).mask_from_scores(weight.abs(), sparsity)
+    return torch.where(mask, weight, 0.0).to(dtype)
+
+
+def compressed(m: int, n: int, pattern: str, sparsity: float = 0.5, dtype=torch.float32, seed: int = 0):
+    """(values, metadata, dense weight) of a random weight."""
+    weight = random_weight(m, n, pattern, sparsity, dtype, seed)
+    fmt = get_format(pattern)
+    return *fmt.compress(weight, fmt.mask_of(weight)), weight
+
+
+_COMMON = dict(
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=160,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+    tie_word_embeddings=False,
+)
+
+
+def _config(family: str, **overrides):
+    import transformers
+
+    if family == "opt":
+        fields = dict(vocab_size=4096, hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4)
+        fields |= dict(
+            max_position_embeddings=256, word_embed_proj_dim=64, pad_token_id=0, bos_token_id=0, eos_token_id=0
+        )
+        return transformers.OPTConfig(**{**fields, **overrides})
+    fields = dict(_COMMON)
+    if family == "qwen2":
+        fields["tie_word_embeddings"] = True
+    if family == "qwen3":
+        fields |= dict(tie_word_embeddings=True, head_dim=16)
+    cls = {
+        "llama": transformers.LlamaConfig,
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": transformers.Qwen3Config,
+    }[family]
+    return cls(**{**fields, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **overrides})
+
+
+def tiny_model(folder: Path, family: str = "llama", dtype=torch.bfloat16, seed: int = 0, **overrides) -> Path:
+    """Save a small random model of ``family`` (llama, mistral, qwen2, qwen3, opt) with the shipped tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(_config(family, **overrides))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # transformers starts biases at zero, which would hide a lost bias
+            torch.nn.init.normal_(parameter, std=0.05)
+    model.to(dtype).save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        source = assets.model_dir() / name
+        if source.is_file():
+            shutil.copy(source, Path(folder) / name)
+    return Path(folder)
+
+
+def tiny_llama(folder: Path, **overrides) -> Path:
+    return tiny_model(folder, "llama", **overrides)
+
+
+def compress_folder(source: Path, output: Path, pattern: str, sparsity: float = 0.5, ignore=("lm_head",)) -> Path:
+    """A sparse-rt folder of ``source`` by magnitude, without the convert workflow."""
+    dense = SourceCheckpoint.open(source)
+    fmt = get_format(pattern)
+    with output_directory(output) as partial:
+        for name in (*TOKENIZER_FILES, "generation_config.json"):
+            if (Path(source) / name).is_file():
+                shutil.copy(Path(source) / name, partial / name)
+        writer = CheckpointWriter(partial, dense.config, SparseConfig(pattern=pattern, ignore=list(ignore)))
+        for name in dense.tensors:
+            tensor = dense.load(name)
+            module = name.removesuffix(".weight")
+            if not name.endswith("_proj.weight") and not name.endswith(("fc1.weight", "fc2.weight")):
+                writer.add(name, tensor)
+                continue
+            weight = normalize_zeros(tensor)
+            m, n = weight.shape
+            values, metadata = fmt.compress(weight, fmt.mask_from_scores(weight.float().abs(), sparsity))
+            writer.add_weight(module, pattern, m, n, values, metadata)
+        writer.finish({"source": {"model": str(source)}})
+    return Path(output)
+
+
+def edit_config(folder: Path, **changes) -> None:
+    """Change keys of ``quantization_config`` in a model folder."""
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
