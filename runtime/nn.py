@@ -1,4 +1,4 @@
-"""``SparseLinear``: a linear layer whose weight is values + metadata and is never expanded to a dense copy that stays."""
+"""``SparseLinear``: a linear layer whose weight is values + metadata; no dense copy of it stays."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class SparseLinear(nn.Linear):
     def __getattr__(self, name: str):
         if name == "weight":  # a property could not say this: nn.Module turns its AttributeError into its own
             raise AttributeError(
-                f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress() for a copy"
+                f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress()"
             )
         return super().__getattr__(name)
 

@@ -30,7 +30,7 @@ class Registry(Generic[T]):
         known = self._members.get(name)
         if known is not None and _owner(known) != _owner(member):
             raise UserError(
-                f"{self.kind} {name!r} is defined by {_owner(known)} and by {_owner(member)}; rename or remove one of them"
+                f"{self.kind} {name!r} is defined by {_owner(known)} and by {_owner(member)}; rename or remove one"
             )
         self._members[name] = member
         return member

@@ -82,7 +82,8 @@ def read_header(path: str | Path) -> Header:
         begin, end = entry["data_offsets"]
         if 8 + length + end > size:
             raise FormatError(
-                f"{path.name}: truncated: tensor {name} ends at byte {8 + length + end}, the file has {size}; copy it again"
+                f"{path.name}: truncated: tensor {name} ends at byte {8 + length + end}, the file has {size}; "
+                "copy it again"
             )
         if entry["dtype"] not in DTYPES:
             raise FormatError(f"{path.name}: tensor {name} has the unknown dtype {entry['dtype']!r}")

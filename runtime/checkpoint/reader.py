@@ -197,8 +197,12 @@ class Checkpoint(ModelFolder):
                 f"{self.folder}: config.json says sparse_rt, but no shard header announces a compressed weight"
             )
 
+    def compressed_tensors(self) -> set[str]:
+        """Names of the values and metadata tensors of all compressed weights."""
+        return {f"{name}.{part}" for name, w in self.weights.items() for part in get_format(w.pattern).tensor_names}
+
     def load_weight(self, name: str, check: bool = True) -> tuple[Tensor, Tensor]:
-        """(values, metadata) of one compressed weight; ``check`` runs popcount, nibble, padding and finiteness checks."""
+        """(values, metadata) of one compressed weight; ``check`` tests popcount, nibbles, padding and finiteness."""
         if name not in self.weights:
             raise UserError(f"{name} is not a compressed weight of {self.folder}")
         entry = self.weights[name]
@@ -210,7 +214,7 @@ class Checkpoint(ModelFolder):
 
     def dense_tensors(self) -> list[str]:
         """Names of the tensors stored as they were (embeddings, norms, biases, ignored weights)."""
-        compressed = {f"{name}.{s}" for name, w in self.weights.items() for s in get_format(w.pattern).tensor_names}
+        compressed = self.compressed_tensors()
         return [name for name in self.tensors if name not in compressed]
 
 

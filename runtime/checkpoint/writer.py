@@ -174,7 +174,7 @@ class CheckpointWriter:
         journal = json.loads(path.read_text())
         if journal["fingerprint"] != self.fingerprint:
             raise UserError(
-                "cannot resume: the unfinished conversion was started from another source, with other options or by another "
-                "version; run again without --resume to start over"
+                "cannot resume: the unfinished conversion was started from another source, with other options or by "
+                "another version; run again without --resume to start over"
             )
         return [_Shard(**shard) for shard in journal["shards"]]

@@ -36,7 +36,7 @@ def get_format(pattern: str) -> Format:
     """The format that stores ``pattern`` ("2:4", "unstructured", "N:M"); ``UserError`` for anything else."""
     if not isinstance(pattern, str):
         raise UserError(
-            f"pattern must be text such as '2:4', got {pattern!r}; in YAML write it in quotes (unquoted 2:4 is a number)"
+            f"pattern must be text such as '2:4', got {pattern!r}; in YAML write it in quotes (2:4 is read as a number)"
         )
     for cls in formats():
         found = cls.parse(pattern)
@@ -161,7 +161,8 @@ class Format(ABC):
         want = self.metadata_shape(m, n)
         if tuple(metadata_shape) != want:
             raise FormatError(
-                f"{name}.{self.metadata_name} has shape {tuple(metadata_shape)}, a {self.pattern} weight of ({m}, {n}) needs {want}"
+                f"{name}.{self.metadata_name} has shape {tuple(metadata_shape)}, "
+                f"a {self.pattern} weight of ({m}, {n}) needs {want}"
             )
         nnz = 1
         for size in values_shape:
@@ -169,7 +170,8 @@ class Format(ABC):
         want = self.values_shape(m, n, nnz)
         if tuple(values_shape) != want or nnz > m * n:
             raise FormatError(
-                f"{name}.{VALUES_NAME} has shape {tuple(values_shape)}, a {self.pattern} weight of ({m}, {n}) needs {want}"
+                f"{name}.{VALUES_NAME} has shape {tuple(values_shape)}, "
+                f"a {self.pattern} weight of ({m}, {n}) needs {want}"
             )
 
     def check_data(self, name: str, values: Tensor, metadata: Tensor, m: int, n: int) -> None:

@@ -111,7 +111,7 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
         linear = modules[name]
         if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (entry.m, entry.n):
             raise FormatError(
-                f"weight {key} is ({entry.m}, {entry.n}), the model has {linear} there; the config does not fit the weights"
+                f"weight {key} is ({entry.m}, {entry.n}), the model has {linear} there; config and weights do not fit"
             )
         dtype = linear.weight.dtype
         empty = SparseLinear.empty(entry.n, entry.m, linear.bias is not None, entry.pattern, entry.nnz, dtype)
@@ -129,7 +129,7 @@ def _check_missing(modules: dict[str, nn.Module], swapped: set[str], checkpoint:
         pattern = checkpoint.quantization.pattern_for(name)
         if pattern is not None:
             raise FormatError(
-                f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight; convert the model again"
+                f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight; convert again"
             )
 
 
