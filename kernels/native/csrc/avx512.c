@@ -1,0 +1,209 @@
+/* Row kernels for AVX-512 with VBMI2 (Ice Lake, Zen 4 and later).
+ *
+ * The file is compiled for the base instruction set; each function names its own target, so the library loads on every
+ * x86-64 and the dispatch in entries.c decides at run time.
+ */
+#include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+/* Zero-masked expand and compress from a register. On Zen 4 VPEXPANDW waits for its destination register although
+ * zero-masking overwrites all of it: 5.0 cycles in a chain against 1.4 when a zeroing idiom breaks it, and which one
+ * the compiler produces changes with unrelated edits. So the vpxor is written down. ("x": registers 0-15, which VEX can
+ * encode.) The memory forms are no way around it: they are microcoded there, the storing one takes 100 cycles. */
+#define ZERO_MASKED(NAME, INSTRUCTION, MASK)                                                                           \
+    INLINE __m512i NAME(uint64_t mask, __m512i from)                                                                   \
+    {                                                                                                                  \
+        __m512i to;                                                                                                    \
+        __asm__("vpxor %x0, %x0, %x0\n\t" INSTRUCTION " %1, %0%{%2%}%{z%}"                                             \
+                : "=&x"(to)                                                                                            \
+                : "v"(from), "Yk"((MASK)mask));                                                                        \
+        return to;                                                                                                     \
+    }
+
+ZERO_MASKED(expand_words, "vpexpandw", __mmask32)
+ZERO_MASKED(expand_doubles, "vpexpandd", __mmask16)
+ZERO_MASKED(compress_words, "vpcompressw", __mmask32)
+ZERO_MASKED(compress_doubles, "vpcompressd", __mmask16)
+
+INLINE __m512i expand_block(uint64_t mask, __m512i from, int size)
+{
+    return size == 2 ? expand_words(mask, from) : expand_doubles(mask, from);
+}
+
+INLINE __m512i compress_block(uint64_t mask, __m512i from, int size)
+{
+    return size == 2 ? compress_words(mask, from) : compress_doubles(mask, from);
+}
+
+/* The first `count` elements. What is switched off is not touched, so these may stand at the end of a page. */
+INLINE __m512i load_first(const char *from, int64_t count, int size)
+{
+    if (size == 2)
+        return _mm512_maskz_loadu_epi16((__mmask32)srt_low_bits(count), from);
+    return _mm512_maskz_loadu_epi32((__mmask16)srt_low_bits(count), from);
+}
+
+INLINE void store_first(char *to, int64_t count, __m512i block, int size)
+{
+    if (size == 2)
+        _mm512_mask_storeu_epi16(to, (__mmask32)srt_low_bits(count), block);
+    else
+        _mm512_mask_storeu_epi32(to, (__mmask16)srt_low_bits(count), block);
+}
+
+INLINE void store_whole(char *to, __m512i block, int stream)
+{
+    if (stream)
+        _mm512_stream_si512((void *)to, block);
+    else
+        _mm512_storeu_si512(to, block);
+}
+
+/* Elements in a vector, and their part of a 64-column mask word. */
+INLINE int64_t lanes(int size) { return 64 / size; }
+INLINE uint64_t first_lanes(uint64_t word, int size) { return word & srt_low_bits(lanes(size)); }
+INLINE int64_t popcount(uint64_t word) { return (int64_t)(uint64_t)_mm_popcnt_u64(word); }
+
+TARGET static int64_t count(const uint8_t *bits, int64_t n)
+{
+    __m512i sums = _mm512_setzero_si512();
+    int64_t at = 0;
+    for (; at + 512 <= n; at += 512)
+        sums = _mm512_add_epi64(sums, _mm512_popcnt_epi64(_mm512_loadu_si512(bits + at / 8)));
+    int64_t kept = _mm512_reduce_add_epi64(sums);
+    for (; at < n; at += 64)
+        kept += popcount(srt_mask_word(bits, at, n));
+    return kept;
+}
+
+/* Words of 64 columns with whole-vector loads and stores, as far as the row and the values allow: a word has at most
+ * 64 values, so no load passes `end`. Returns the first column left over and moves `values`. */
+INLINE int64_t expand_whole(const char **values, const char *end, const uint8_t *bits, char *out, int64_t n, int stream,
+                            int size)
+{
+    const char *from = *values;
+    int64_t at = 0;
+    for (; at + 64 <= n && end - from >= 64 * size; at += 64) {
+        uint64_t word = srt_load_bytes(bits + at / 8, 8);
+        for (int64_t c = 0; c < 64; c += lanes(size), word >>= lanes(size)) {
+            uint64_t mask = first_lanes(word, size);
+            store_whole(out + (at + c) * size, expand_block(mask, _mm512_loadu_si512(from), size), stream);
+            from += popcount(mask) * size;
+        }
+    }
+    *values = from;
+    return at;
+}
+
+INLINE const char *expand(const char *values, const char *end, const uint8_t *bits, char *out, int64_t n, int stream,
+                          int size)
+{
+    int64_t at = stream && (uintptr_t)out % 64 == 0 ? expand_whole(&values, end, bits, out, n, 1, size)
+                                                    : expand_whole(&values, end, bits, out, n, 0, size);
+    for (; at < n; at += 64) {
+        uint64_t word = srt_mask_word(bits, at, n);
+        for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size)) {
+            uint64_t mask = first_lanes(word, size);
+            int64_t kept = srt_min(popcount(mask), (end - values) / size);
+            store_first(out + c * size, n - c, expand_block(mask, load_first(values, kept, size), size), size);
+            values += kept * size;
+        }
+    }
+    return values;
+}
+
+INLINE char *gather(const char *row, const uint8_t *bits, char *values, char *end, int64_t n, int size)
+{
+    for (int64_t at = 0; at < n; at += 64) {
+        uint64_t word = srt_mask_word(bits, at, n);
+        for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size)) {
+            uint64_t mask = first_lanes(word, size);
+            __m512i block = n - c >= lanes(size) ? _mm512_loadu_si512(row + c * size)
+                                                 : load_first(row + c * size, n - c, size);
+            int64_t kept = popcount(mask);
+            block = compress_block(mask, block, size);
+            if (end - values >= 64) { /* what this writes too much, the next block or row overwrites */
+                _mm512_storeu_si512(values, block);
+            } else {
+                kept = srt_min(kept, (end - values) / size);
+                store_first(values, kept, block, size);
+            }
+            values += kept * size;
+        }
+    }
+    return values;
+}
+
+/* The masks of 128 columns from `bytes` <= 16 bytes of 2:4 nibbles. */
+INLINE void pair_masks(uint64_t masks[2], const uint8_t *meta, int64_t bytes)
+{
+    /* entry i: bits (i & 3) and (i >> 2) set */
+    const __m128i table = _mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8);
+    const __m128i nibble = _mm_set1_epi8(15);
+    __m128i pairs = _mm_maskz_loadu_epi8((__mmask16)srt_low_bits(bytes), meta);
+    __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(pairs, nibble));
+    __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble));
+    __m128i both = _mm_or_si128(first, _mm_slli_epi16(second, 4)); /* entries < 16: no bit leaves its byte */
+    masks[0] = (uint64_t)_mm_cvtsi128_si64(both);
+    masks[1] = (uint64_t)_mm_extract_epi64(both, 1);
+}
+
+/* A vector of n columns has exactly half as many values, so even whole loads stay inside a row. */
+INLINE void expand24_row(const char *values, const uint8_t *meta, char *out, int64_t n, int stream, int size)
+{
+    uint64_t masks[2];
+    for (int64_t at = 0; at < n; at += 64) {
+        if (at % 128 == 0)
+            pair_masks(masks, meta + at / 8, srt_min((n - at + 7) / 8, 16));
+        uint64_t word = masks[at / 64 % 2];
+        for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size)) {
+            if (n - c >= lanes(size)) {
+                __m512i pairs = _mm512_castsi256_si512(_mm256_loadu_si256((const void *)values));
+                store_whole(out + c * size, expand_block(first_lanes(word, size), pairs, size), stream);
+            } else {
+                __m512i pairs = load_first(values, (n - c) / 2, size);
+                store_first(out + c * size, n - c, expand_block(first_lanes(word, size), pairs, size), size);
+            }
+            values += 32;
+        }
+    }
+}
+
+INLINE void expand24(const char *values, const uint8_t *meta, char *out, int64_t n, int stream, int size)
+{
+    if (stream && (uintptr_t)out % 64 == 0)
+        expand24_row(values, meta, out, n, 1, size);
+    else
+        expand24_row(values, meta, out, n, 0, size);
+}
+
+INLINE void gather24(const char *row, const uint8_t *meta, char *values, int64_t n, int size)
+{
+    uint64_t masks[2];
+    for (int64_t at = 0; at < n; at += 64) {
+        if (at % 128 == 0)
+            pair_masks(masks, meta + at / 8, srt_min((n - at + 7) / 8, 16));
+        uint64_t word = masks[at / 64 % 2];
+        for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size), values += 32) {
+            __m512i block = load_first(row + c * size, n - c, size);
+            block = compress_block(first_lanes(word, size), block, size);
+            if (n - c >= lanes(size))
+                _mm256_storeu_si256((void *)values, _mm512_castsi512_si256(block));
+            else
+                store_first(values, (n - c) / 2, block, size);
+        }
+    }
+}
+
+static void finish(void) { _mm_sfence(); }
+
+SRT_ROW_KERNELS(TARGET, 2)
+SRT_ROW_KERNELS(TARGET, 4)
+SRT_ROW_TABLE(avx512);
+
+#endif

@@ -1,0 +1,125 @@
+"""Load the compiled kernels once a process, or remember in a sentence why they cannot be used.
+
+``SPARSE_RT_NATIVE_ISA=scalar|avx512`` forces the instruction set (for tests and comparisons).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+# Before the kernels: torch brings the OpenMP runtime that they are linked against.
+import torch
+
+from sparse_rt.errors import BackendError
+from sparse_rt.kernels.native.build import BuildError, build
+
+logger = logging.getLogger(__name__)
+
+ISA_VARIABLE = "SPARSE_RT_NATIVE_ISA"
+ISAS = ("scalar", "avx512")
+
+_lock = threading.Lock()
+_loaded: Library | str | None = None
+
+
+@dataclass(frozen=True)
+class Library:
+    """The C functions: they take raw addresses, release the GIL and return a number of values (-1: bad arguments)."""
+
+    path: Path
+    handle: ctypes.CDLL
+
+    @property
+    def isa(self) -> str:
+        return self.handle.srt_isa().decode()
+
+    @property
+    def has_threads(self) -> bool:
+        return bool(self.handle.srt_has_threads())
+
+    def use_isa(self, name: str) -> None:
+        """Choose the row kernels: one of ``ISAS``, or "" for the best one; ``BackendError`` if the processor cannot."""
+        if self.handle.srt_use_isa(name.encode()) != 0:
+            known = name in ISAS
+            raise BackendError(
+                f"{ISA_VARIABLE}={name}: "
+                + ("this processor cannot run it" if known else f"unknown; allowed are {', '.join(ISAS)}")
+            )
+
+
+def load() -> Library:
+    """The kernels, compiled and loaded at the first call; ``BackendError`` with the reason when there are none."""
+    reason = unavailable_reason()
+    if reason is not None:
+        raise BackendError(f"native kernels: {reason}")
+    return _loaded  # type: ignore[return-value]
+
+
+def unavailable_reason() -> str | None:
+    """None when the kernels can be used, otherwise why not and what to do. The first call compiles and loads them."""
+    global _loaded
+    if _loaded is None:
+        with _lock:
+            if _loaded is None:
+                _loaded = _open()
+    return _loaded if isinstance(_loaded, str) else None
+
+
+def forget() -> None:
+    """Let the next call compile and load again (after the cause of a failure was removed)."""
+    global _loaded
+    with _lock:
+        _loaded = None
+
+
+def _open() -> Library | str:
+    try:
+        library = _load_file(build())
+    except _LoadError:
+        # A cached file that this system cannot load (cut off, or built against a newer C library): make it again.
+        try:
+            library = _load_file(build(rebuild=True))
+        except (BuildError, _LoadError) as error:
+            return _warn(str(error))
+    except BuildError as error:
+        return _warn(str(error))
+    try:
+        library.use_isa(os.environ.get(ISA_VARIABLE, ""))
+    except BackendError as error:
+        return _warn(str(error))
+    logger.info("native kernels: %s, %s, torch %s", library.path, library.isa, torch.__version__)
+    return library
+
+
+def _warn(reason: str) -> str:
+    logger.warning("Native CPU kernels are off, the slower reference backend runs instead: %s", reason)
+    return reason
+
+
+class _LoadError(Exception):
+    pass
+
+
+def _load_file(path: Path) -> Library:
+    try:
+        handle = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise _LoadError(f"{path} cannot be loaded ({error}); delete it to have it compiled again") from error
+    address, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    tail = [size, size, count, count]  # m, n, element size, threads
+    for name, arguments in (
+        ("srt_expand_bitmask", [address, size, address, address, *tail]),
+        ("srt_gather_bitmask", [address, address, address, size, *tail]),
+        ("srt_expand_24", [address, address, address, *tail]),
+        ("srt_gather_24", [address, address, address, *tail]),
+    ):
+        function = getattr(handle, name)
+        function.argtypes, function.restype = arguments, size
+    handle.srt_isa.restype = ctypes.c_char_p
+    handle.srt_use_isa.argtypes = [ctypes.c_char_p]
+    return Library(path, handle)

@@ -1,0 +1,175 @@
+"""Backend ``native``: decompress with the C kernels into a scratch buffer, then the dense GEMM of torch.
+
+That makes any number of tokens work at close to dense speed (a core writes 20-30 GB/s of dense weight); what beats
+dense at few tokens multiplies without expanding and registers with a higher priority.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats import get_format, is_pattern
+from sparse_rt.kernels import reference, scratch
+from sparse_rt.kernels.backends import Call, register_backend
+from sparse_rt.kernels.native import library
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# A row block of dY^T X is gathered while it is still in the second-level cache.
+GRAD_BLOCK_BYTES = 2 << 20
+
+
+def can_run(call: Call) -> str | None:
+    """None, or the sentence that says why the native kernels do not take this call."""
+    if call.device != "cpu":
+        return f"the native kernels run on the CPU, the tensors are on {call.device}"
+    if call.dtype not in DTYPES:
+        return f"the native kernels move bfloat16, float16 and float32, not {_short(call.dtype)}"
+    if not is_pattern(call.pattern):
+        return f"unknown pattern {call.pattern!r}"
+    metadata_name = get_format(call.pattern).metadata_name
+    if metadata_name not in ("weight_meta", "weight_bitmask"):
+        return f"the native kernels read weight_meta and weight_bitmask, not {metadata_name}"
+    return library.unavailable_reason()
+
+
+@register_backend("decompress", name="native", can_run=can_run)
+def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    """Dense [m, n] in the dtype of the values; ``FormatError`` where values and metadata contradict each other."""
+    return expand_into(torch.empty((m, n), dtype=values.dtype), values, metadata, pattern)
+
+
+@register_backend("linear", name="native", can_run=can_run)
+@torch.no_grad()
+def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
+    """y = x W^T + bias: x [..., n] -> [..., m] in the dtype of x; values of another dtype are rounded to it first."""
+    return F.linear(x, _scratch_weight(values, metadata, pattern, m, n, x.dtype), bias)
+
+
+@register_backend("linear_t", name="native", can_run=can_run)
+@torch.no_grad()
+def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    """dx = dy W: dy [..., m] -> [..., n] in the dtype of dy."""
+    return dy @ _scratch_weight(values, metadata, pattern, m, n, dy.dtype)
+
+
+@register_backend("values_grad", name="native", can_run=can_run)
+@torch.no_grad()
+def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    """dY^T X at the kept positions, a block of rows at a time: the GEMM of torch into scratch, then a gather.
+
+    The block is formed in float32 unless inputs and result are all bfloat16, where the GEMM accumulates in float32 and
+    rounds once, to the dtype of the result. A float32 gradient (adapters accumulate in it) must not be rounded to
+    bfloat16 on the way, and torch has no CPU GEMM from bfloat16 to float32, so the inputs are widened then.
+    """
+    if values_like.dtype not in DTYPES:
+        return reference.values_grad(dy, x, metadata, pattern, m, n, values_like)
+    narrow = {dy.dtype, x.dtype, values_like.dtype} == {torch.bfloat16} and _bf16_gemm()
+    dtype = torch.bfloat16 if narrow else torch.float32
+    dy, x = dy.reshape(-1, m), x.reshape(-1, n).to(dtype)
+    result = torch.empty(values_like.shape, dtype=values_like.dtype)
+    gathered = result if result.dtype == dtype else scratch.buffer("values", tuple(result.shape), dtype)
+    flat, done = gathered.view(-1), 0
+    rows = max(1, GRAD_BLOCK_BYTES // max(1, n * dtype.itemsize))
+    for start in range(0, m, rows):
+        stop = min(start + rows, m)
+        block = scratch.buffer("dense", (stop - start, n), dtype)
+        torch.mm(dy[:, start:stop].to(dtype).t(), x, out=block)
+        done += gather_into(flat[done:], block, metadata[start:stop], pattern)
+    if done != flat.numel():
+        raise _count_error(pattern, m, n, done, flat.numel())
+    return result if gathered is result else result.copy_(gathered)
+
+
+def compress_values(dense: Tensor, metadata: Tensor, pattern: str) -> Tensor:
+    """The elements of dense [m, n] at the kept positions, in the shape of the pattern's values."""
+    m, n = dense.shape
+    fmt = get_format(pattern)
+    count = fmt.num_values(metadata, m, n)
+    values = torch.empty(fmt.values_shape(m, n, count), dtype=dense.dtype)
+    found = gather_into(values.view(-1), dense, metadata, pattern)
+    if found != values.numel():
+        raise _count_error(pattern, m, n, found, values.numel())
+    return values
+
+
+def expand_into(out: Tensor, values: Tensor, metadata: Tensor, pattern: str) -> Tensor:
+    """Fill the contiguous ``out`` [m, n] from values (same dtype) and metadata; returns it."""
+    m, n = out.shape
+    values, metadata = values.contiguous(), metadata.contiguous()
+    _check(out, values, metadata, pattern, m, n)
+    tail = m, n, out.element_size(), torch.get_num_threads()
+    handle, count = library.load().handle, values.numel()
+    if _is_pairs(pattern):
+        if count != m * n // 2:
+            raise _count_error(pattern, m, n, m * n // 2, count)
+        handle.srt_expand_24(values.data_ptr(), metadata.data_ptr(), out.data_ptr(), *tail)
+        return out
+    found = handle.srt_expand_bitmask(values.data_ptr(), count, metadata.data_ptr(), out.data_ptr(), *tail)
+    if found != count:
+        raise _count_error(pattern, m, n, found, count)
+    return out
+
+
+def gather_into(values: Tensor, dense: Tensor, metadata: Tensor, pattern: str) -> int:
+    """Write dense [m, n] at the kept positions to the front of the contiguous ``values`` (same dtype).
+
+    Returns how many values the metadata marks. The rest of ``values`` may be overwritten too; where they are too few,
+    nothing behind them is, and the returned number says so.
+    """
+    m, n = dense.shape
+    dense, metadata = dense.contiguous(), metadata.contiguous()
+    _check(values, dense, metadata, pattern, m, n)
+    tail = m, n, dense.element_size(), torch.get_num_threads()
+    handle = library.load().handle
+    if _is_pairs(pattern):
+        if values.numel() < m * n // 2:
+            return m * n // 2
+        return handle.srt_gather_24(dense.data_ptr(), metadata.data_ptr(), values.data_ptr(), *tail)
+    room = values.numel()
+    return handle.srt_gather_bitmask(dense.data_ptr(), metadata.data_ptr(), values.data_ptr(), room, *tail)
+
+
+def _scratch_weight(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    if values.dtype != dtype:
+        values = scratch.buffer("values", tuple(values.shape), dtype).copy_(values)
+    return expand_into(scratch.buffer("dense", (m, n), dtype), values, metadata, pattern)
+
+
+def _is_pairs(pattern: str) -> bool:
+    return get_format(pattern).metadata_name == "weight_meta"
+
+
+def _check(target: Tensor, source: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> None:
+    """What the C side takes on trust: devices, dtypes, layout and the size of the metadata."""
+    if {target.device.type, source.device.type, metadata.device.type} != {"cpu"}:
+        raise UserError(
+            f"native kernels need every tensor on the CPU, got {source.device}, {metadata.device} and {target.device}"
+        )
+    if source.dtype not in DTYPES or target.dtype != source.dtype or not target.is_contiguous():
+        raise UserError(
+            f"native kernels need one dtype of bfloat16, float16 and float32 and a contiguous result, "
+            f"got {_short(source.dtype)} into {_short(target.dtype)}"
+        )
+    refusal = get_format(pattern).refuse_shape(m, n)
+    if refusal:
+        raise FormatError(f"a ({m}, {n}) weight cannot be {pattern}: {refusal}")
+    if metadata.dtype != torch.uint8 or tuple(metadata.shape) != (m, (n + 7) // 8):
+        raise FormatError(
+            f"the metadata of a {pattern} weight ({m}, {n}) is uint8 {(m, (n + 7) // 8)}, "
+            f"got {_short(metadata.dtype)} {tuple(metadata.shape)}"
+        )
+
+
+def _count_error(pattern: str, m: int, n: int, marked: int, given: int) -> FormatError:
+    return FormatError(f"the metadata of a {pattern} weight ({m}, {n}) marks {marked} kept weights, there are {given}")
+
+
+def _bf16_gemm() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,47 @@
+"""Scratch buffers that one thread's operations share, so that no layer keeps a dense copy of its weight.
+
+A buffer grows to the largest request and stays: a fresh allocation of that size is returned to the system after every
+call, and touching its pages again costs ten times the decompression that fills it. What a buffer holds is undefined
+after the next request for it; operations never return one.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+
+import torch
+from torch import Tensor
+
+_thread = threading.local()
+
+
+def buffer(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """An uninitialised contiguous tensor; the same memory for every call with this name, dtype and device."""
+    buffers = _buffers()
+    key = name, dtype, torch.device(device)
+    size = math.prod(shape)
+    held = buffers.get(key)
+    if held is None or held.numel() < size:
+        buffers.pop(key, None)  # the old one is freed before the new one is allocated
+        del held
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            held = buffers[key] = torch.empty(size, dtype=dtype, device=device)
+    return held[:size].view(shape)
+
+
+def nbytes() -> int:
+    """Bytes that this thread's buffers hold."""
+    return sum(held.nbytes for held in _buffers().values())
+
+
+def release() -> None:
+    """Free this thread's buffers; the next request allocates again."""
+    _buffers().clear()
+
+
+def _buffers() -> dict[tuple[str, torch.dtype, torch.device], Tensor]:
+    if not hasattr(_thread, "buffers"):
+        _thread.buffers = {}
+    return _thread.buffers
