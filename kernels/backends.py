@@ -20,13 +20,13 @@ from sparse_rt.errors import BackendError, UserError
 
 logger = logging.getLogger(__name__)
 
-OPS = ("linear", "linear_t", "values_grad", "decompress")
+OPS = ("linear", "linear_t", "values_grad", "decompress", "gather")
 FORCE_VARIABLE = "SPARSE_RT_BACKEND"
 
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as a backend sees it; ``tokens`` is the product of the leading dimensions (0 for decompress)."""
+    """One operation as a backend sees it; ``tokens`` is the product of the leading dimensions (0 for decompress and gather)."""
 
     op: str
     pattern: str

@@ -4,10 +4,11 @@
     linear_t     dx = dy W             dy [..., m]                      -> [..., n]
     values_grad  dv = (dy^T x)[mask]   dy [..., m], x [..., n]          -> shape and dtype of the values
     decompress   W                     values, metadata                 -> [m, n]
+    gather       W[mask]               dense [m, n]                     -> shape of the values, dtype of the dense weight
 
 W is given as ``values`` and ``metadata`` of a pattern (``sparse_rt.formats``). Values may be wider than x (float32
 effective values of an adapter under bfloat16 activations): they are rounded once to the dtype of x, and their gradient
-comes back unrounded in their own dtype. The four gradients close over each other, so double backward works too.
+comes back unrounded in their own dtype. The gradients close over each other, so double backward works too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_rt.formats import get_format
 from sparse_rt.kernels.backends import Call, select
 
 _WEIGHT = "str pattern, int m, int n"
@@ -26,6 +26,7 @@ _library.define(f"linear(Tensor x, Tensor values, Tensor metadata, Tensor? bias,
 _library.define(f"linear_t(Tensor dy, Tensor values, Tensor metadata, {_WEIGHT}) -> Tensor")
 _library.define(f"values_grad(Tensor dy, Tensor x, Tensor metadata, {_WEIGHT}, Tensor values_like) -> Tensor")
 _library.define(f"decompress(Tensor values, Tensor metadata, {_WEIGHT}) -> Tensor")
+_library.define(f"gather(Tensor dense, Tensor metadata, {_WEIGHT}, Tensor values_like) -> Tensor")
 
 
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
@@ -46,6 +47,11 @@ def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n
 def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
     """The dense weight [m, n], zeros where nothing is kept."""
     return torch.ops.sparse_rt.decompress(values, metadata, pattern, m, n)
+
+
+def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    """The inverse of decompress: dense [m, n] at the kept positions, in the shape of ``values_like``."""
+    return torch.ops.sparse_rt.gather(dense, metadata, pattern, m, n, values_like)
 
 
 def _tokens(x: Tensor) -> int:
@@ -72,11 +78,17 @@ def _run_decompress(values, metadata, pattern, m, n):
     return select(call)(values, metadata, pattern, m, n)
 
 
+def _run_gather(dense, metadata, pattern, m, n, values_like):
+    call = Call("gather", pattern, m, n, 0, dense.dtype, dense.device.type)
+    return select(call)(dense, metadata, pattern, m, n, values_like)
+
+
 for _name, _run in (
     ("linear", _run_linear),
     ("linear_t", _run_linear_t),
     ("values_grad", _run_values_grad),
     ("decompress", _run_decompress),
+    ("gather", _run_gather),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 
@@ -101,6 +113,11 @@ def _(dy, x, metadata, pattern, m, n, values_like):
 @torch.library.register_fake("sparse_rt::decompress", lib=_library)
 def _(values, metadata, pattern, m, n):
     return values.new_empty((m, n))
+
+
+@torch.library.register_fake("sparse_rt::gather", lib=_library)
+def _(dense, metadata, pattern, m, n, values_like):
+    return dense.new_empty(values_like.shape)
 
 
 def _save(ctx, inputs, tensors):
@@ -151,15 +168,22 @@ def _backward_values_grad(ctx, grad):
 
 def _setup_decompress(ctx, inputs, output):
     values, metadata, *weight = inputs
-    _save(ctx, weight, (metadata,))
-    ctx.shape = values.shape
+    _save(ctx, weight, (values, metadata))
 
 
 def _backward_decompress(ctx, grad):
+    values, metadata = ctx.saved_tensors
+    return gather(grad, metadata, *ctx.weight, values.detach()), None, None, None, None
+
+
+def _setup_gather(ctx, inputs, output):
+    _, metadata, *weight, _ = inputs
+    _save(ctx, weight, (metadata,))
+
+
+def _backward_gather(ctx, grad):
     (metadata,) = ctx.saved_tensors
-    pattern, m, n = ctx.weight
-    kept = grad[get_format(pattern).unpack_mask(metadata, m, n)]
-    return kept.view(ctx.shape), None, None, None, None
+    return decompress(grad, metadata, *ctx.weight), None, None, None, None, None
 
 
 for _name, _backward, _setup in (
@@ -167,5 +191,6 @@ for _name, _backward, _setup in (
     ("linear_t", _backward_linear_t, _setup_linear_t),
     ("values_grad", _backward_values_grad, _setup_values_grad),
     ("decompress", _backward_decompress, _setup_decompress),
+    ("gather", _backward_gather, _setup_gather),
 ):
     torch.library.register_autograd(f"sparse_rt::{_name}", _backward, setup_context=_setup, lib=_library)

@@ -20,6 +20,11 @@ def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -
     return get_format(pattern).decompress(values, metadata, m, n)
 
 
+@register_backend("gather", name="reference", priority=0)
+def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    return dense[get_format(pattern).unpack_mask(metadata, m, n)].view(values_like.shape)
+
+
 @register_backend("linear", name="reference", priority=0)
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
     weight = decompress(values.to(x.dtype), metadata, pattern, m, n)

@@ -183,9 +183,7 @@ class Checkpoint(ModelFolder):
         return WeightEntry(pattern, m, n, nnz, values.dtype, values.file)
 
     def _check_completeness(self) -> None:
-        known = {
-            f"{name}.{suffix}" for name, w in self.weights.items() for suffix in get_format(w.pattern).tensor_names
-        }
+        known = self.compressed_tensors()
         for tensor in self.tensors:
             prefix, _, suffix = tensor.rpartition(".")
             if tensor not in known and suffix in (VALUES_NAME, "weight_meta", "weight_bitmask"):
