@@ -26,7 +26,7 @@ FORCE_VARIABLE = "SPARSE_RT_BACKEND"
 
 @dataclass(frozen=True)
 class Call:
-    """One operation as a backend sees it; ``tokens`` is the product of the leading dimensions (0 for decompress and gather)."""
+    """One operation as a backend sees it; ``tokens`` is the product of the leading dimensions (0 without tokens)."""
 
     op: str
     pattern: str

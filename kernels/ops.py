@@ -4,7 +4,7 @@
     linear_t     dx = dy W             dy [..., m]                      -> [..., n]
     values_grad  dv = (dy^T x)[mask]   dy [..., m], x [..., n]          -> shape and dtype of the values
     decompress   W                     values, metadata                 -> [m, n]
-    gather       W[mask]               dense [m, n]                     -> shape of the values, dtype of the dense weight
+    gather       W[mask]               dense [m, n]                     -> shape of the values
 
 W is given as ``values`` and ``metadata`` of a pattern (``sparse_rt.formats``). Values may be wider than x (float32
 effective values of an adapter under bfloat16 activations): they are rounded once to the dtype of x, and their gradient

@@ -30,7 +30,8 @@ class Options(BaseModel):
             name = "".join(str(part) for part in problem["loc"]) or cls.__name__
             if problem["type"] == "extra_forbidden":
                 raise UserError(f"unknown option {name!r}; known are {', '.join(sorted(cls.model_fields))}") from error
-            raise UserError(f"option {name}: {problem['msg']} (got {problem['input']!r})") from error
+            message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to a message of ours
+            raise UserError(f"option {name}: {message} (got {problem['input']!r})") from error
 
 
 def parse_size(text: str | int) -> int:

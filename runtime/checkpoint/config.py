@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
-from sparse_rt.errors import FormatError, UserError
+from sparse_rt.errors import FormatError
 from sparse_rt.formats import get_format
 from sparse_rt.version import __version__
 
@@ -22,9 +22,16 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern)
 
 
+def _known_pattern(pattern: Any) -> str:
+    return get_format(pattern).pattern
+
+
+Pattern = Annotated[str, BeforeValidator(_known_pattern)]
+
+
 class Override(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    pattern: str
+    pattern: Pattern
 
 
 class SparseConfig(BaseModel):
@@ -33,16 +40,11 @@ class SparseConfig(BaseModel):
     model_config = ConfigDict(extra="forbid")
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
-    pattern: str
+    pattern: Pattern
     values: str = "plain"
     ignore: list[str] = Field(default_factory=list)
     overrides: dict[str, Override] = Field(default_factory=dict)
     producer: str = f"sparse-rt {__version__}"
-
-    @field_validator("pattern", mode="before")
-    @classmethod
-    def _known_pattern(cls, pattern: Any) -> str:
-        return get_format(pattern).pattern
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SparseConfig:
@@ -61,16 +63,13 @@ class SparseConfig(BaseModel):
             )
         try:
             config = cls(**data)
-        except UserError as error:
-            raise FormatError(f"config.json: quantization_config: {error}") from error
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
-            raise FormatError(f"config.json: quantization_config.{where}: {problem['msg']}") from error
+            message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to a UserError of ours
+            raise FormatError(f"config.json: quantization_config.{where}: {message}") from error
         if config.values != "plain":
             raise FormatError(f"config.json: values are stored as {config.values!r}, this build reads 'plain'")
-        for override in config.overrides.values():
-            get_format(override.pattern)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -48,6 +48,21 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
 
 
+def _sort_header(path: Path) -> None:
+    """Put the header's free text in a fixed order: the library writes it in that of a randomly seeded hash map.
+
+    Only the order changes, so the length and all offsets stay; the same conversion then gives the same bytes.
+    """
+    with path.open("r+b") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= length:
+            file.seek(8)
+            file.write(text.ljust(length))
+
+
 @dataclass
 class _Shard:
     file: str
@@ -121,6 +136,7 @@ class CheckpointWriter:
         temporary = self.folder / (shard.file + ".tmp")
         described = {name: {k: w[k] for k in ("pattern", "shape")} for name, w in shard.weights.items()}
         save_file(self._pending, temporary, metadata=sparse_header(described) if self.sparse else {"format": "pt"})
+        _sort_header(temporary)
         fsync(temporary)
         temporary.rename(self.folder / shard.file)
         self._shards.append(shard)

@@ -124,13 +124,11 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def _check_missing(modules: dict[str, nn.Module], swapped: set[str], checkpoint: Checkpoint) -> None:
     for name, module in modules.items():
-        if type(module) is not nn.Linear or name in swapped or f"{name}.weight" in checkpoint.tensors:
-            continue
         pattern = checkpoint.quantization.pattern_for(name)
-        if pattern is not None:
-            raise FormatError(
-                f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight; convert again"
-            )
+        if type(module) is not nn.Linear or name in swapped or pattern is None:
+            continue
+        found = "only a dense weight is stored" if f"{name}.weight" in checkpoint.tensors else "convert the model again"
+        raise FormatError(f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight, {found}")
 
 
 # Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import random_weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers import random_weight
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import VALUE_DTYPES, get_format, is_pattern, known_patterns, normalize_zeros, positions
 

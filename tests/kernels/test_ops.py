@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import compressed
 
+from helpers import compressed
 from sparse_rt.errors import BackendError, UserError
 from sparse_rt.kernels import backends, ops
 
