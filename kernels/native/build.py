@@ -51,19 +51,19 @@ def build(rebuild: bool = False) -> Path:
     with as_file(files("sparse_rt.kernels.native").joinpath("csrc")) as csrc:
         sources = sorted(csrc.glob("*.[ch]"))
         target = folder / f"sparse_rt_native-{cache_key(sources, identity, flags)}.so"
-        if target.is_file() and not rebuild:
-            return trusted(target)
         try:
+            if target.is_file() and not rebuild:
+                return trusted(target)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             with locked(target.with_suffix(".lock")):
                 if rebuild or not target.is_file():
                     compile_library(compiler, flags, [s for s in sources if s.suffix == ".c"], target)
+            return trusted(target)
         except OSError as error:
             raise BuildError(
-                f"the cache folder {folder} cannot be written ({error.strerror or error}); "
+                f"the cache folder {folder} cannot be used ({error.strerror or error}); "
                 f"set {CACHE_VARIABLE} to a folder that can"
             ) from error
-    return trusted(target)
 
 
 def find_compiler() -> list[str]:
@@ -82,7 +82,6 @@ def compiler_identity(compiler: list[str]) -> str:
     done = run_compiler([*compiler, "--version"])
     if done.returncode != 0 or not done.stdout.strip():
         raise BuildError(f"{shlex.join(compiler)} --version failed ({tail(done.stderr)}); {REMEDY}")
-
     return done.stdout.splitlines()[0]
 
 
@@ -96,6 +95,8 @@ def openmp_flags(identity: str) -> list[str]:
     if "clang" in identity.lower():
         return []
     loaded = [path for path in openmp_runtimes() if Path(path).name.startswith("libgomp")]
+    # Other wheels (scikit-learn) may have brought one of their own.
+    loaded.sort(key=lambda path: "/torch/" not in path)
     return ["-fopenmp", "-Wl,--as-needed", *loaded[:1]]
 
 
@@ -151,7 +152,6 @@ def compile_library(compiler: list[str], flags: list[str], sources: list[Path], 
         done = run_compiler(command)
         if done.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} cannot compile the kernels ({tail(done.stderr)}); {REMEDY}")
-
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

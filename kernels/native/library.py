@@ -77,6 +77,15 @@ def forget() -> None:
         _loaded = None
 
 
+def _renew_lock() -> None:
+    # A lock that another thread held at fork() stays locked in the child for ever.
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _open() -> Library | str:
     try:
         library = _load_file(build())

@@ -16,9 +16,9 @@ enum { SERIAL_BELOW = 65536 };
 /* Several chunks of rows a thread, taken on demand: a core that is busy elsewhere holds up an eighth of its share. The
  * metadata of a chunk is read twice (counted, then used), so it should stay in the second-level cache meanwhile. */
 enum { CHUNKS_PER_THREAD = 8, CHUNK_METADATA_BYTES = 65536, MAX_CHUNKS = 1024 };
-/* Dense results larger than this leave the caches before the next reader comes, so they are written past them:
- * 25 against 20 GB/s a core on Zen 4. */
-static const int64_t STREAM_FROM_BYTES = 16 << 20;
+/* Dense results larger than both of these leave the caches before the next reader comes, so they are written past
+ * them: 25 against 20 GB/s a core on Zen 4. */
+static const int64_t STREAM_FROM_BYTES = 16 << 20, STREAM_FROM_BYTES_PER_THREAD = 2 << 20;
 
 static const srt_rows *rows = &srt_rows_scalar;
 static int forked;
@@ -97,7 +97,8 @@ static int prepare(job *j, int64_t m, int64_t n, int element_size, int threads)
         threads = 1;
     *j = (job){.rows = rows, .m = m, .n = n, .size = element_size, .meta_stride = (n + 7) / 8, .threads = threads};
     j->pair = element_size == 4;
-    j->stream = m * n * element_size >= STREAM_FROM_BYTES;
+    int64_t bytes = m * n * element_size;
+    j->stream = bytes >= STREAM_FROM_BYTES && bytes >= threads * STREAM_FROM_BYTES_PER_THREAD;
     j->chunks = m * j->meta_stride / CHUNK_METADATA_BYTES + 1;
     if (j->chunks < (int64_t)threads * CHUNKS_PER_THREAD)
         j->chunks = (int64_t)threads * CHUNKS_PER_THREAD;
