@@ -46,6 +46,15 @@ def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -
     return _expand_whole(torch.empty((m, n), dtype=values.dtype), values, metadata, pattern)
 
 
+@register_backend("gather", name="native", can_run=can_run)
+def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    """The elements of dense [m, n] at the kept positions, in the shape of ``values_like``."""
+    values = torch.empty(values_like.shape, dtype=dense.dtype)
+    found = gather_into(values.view(-1), dense, metadata, pattern)
+    _check_count(pattern, m, n, found, values.numel())
+    return values
+
+
 @register_backend("linear", name="native", can_run=can_run)
 @torch.no_grad()
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
@@ -101,16 +110,6 @@ def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n
         done += gather_into(flat[done:], block, metadata[start:stop], pattern)
         _check_count(pattern, m, n, done, flat.numel(), complete=stop == m)
     return result if gathered is result else result.copy_(gathered)
-
-
-def compress_values(dense: Tensor, metadata: Tensor, pattern: str) -> Tensor:
-    """The elements of dense [m, n] at the kept positions, in the shape of the pattern's values."""
-    m, n = dense.shape
-    fmt = get_format(pattern)
-    values = torch.empty(fmt.values_shape(m, n, fmt.num_values(metadata, m, n)), dtype=dense.dtype)
-    found = gather_into(values.view(-1), dense, metadata, pattern)
-    _check_count(pattern, m, n, found, values.numel())
-    return values
 
 
 def expand_into(out: Tensor, values: Tensor, metadata: Tensor, pattern: str) -> int:
