@@ -60,6 +60,7 @@ class Format(ABC):
     metadata_name: str
     priority = 0
     default_sparsity: float | None = None
+    group: int | None = None  # columns whose mask is chosen together (M of N:M); None when any position may be kept
 
     def __init__(self, pattern: str):
         self.pattern = pattern

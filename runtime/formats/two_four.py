@@ -20,6 +20,7 @@ class TwoFour(Format):
     metadata_name = "weight_meta"
     priority = 0
     default_sparsity = 0.5
+    group = 4
 
     @classmethod
     def parse(cls, pattern: str) -> TwoFour | None:
