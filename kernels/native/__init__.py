@@ -3,5 +3,5 @@
 build.py     compile csrc/ into the user's cache (never at import)
 library.py   load it once, or remember why it cannot be used
 ops.py       the torch-facing functions and their registration as backend ``native``
-csrc/        entries.c (C ABI, threads), avx512.c and scalar.c (row kernels)
+csrc/        entries.c (C ABI, threads); avx512.c, avx2.c and scalar.c (row kernels)
 """

@@ -1,6 +1,6 @@
 """Load the compiled kernels once a process, or remember in a sentence why they cannot be used.
 
-``SPARSE_RT_NATIVE_ISA=scalar|avx512`` forces the instruction set (for tests and comparisons).
+``SPARSE_RT_NATIVE_ISA=scalar|avx2|avx512`` forces the instruction set (for tests and comparisons).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sparse_rt.kernels.native.build import BuildError, build
 logger = logging.getLogger(__name__)
 
 ISA_VARIABLE = "SPARSE_RT_NATIVE_ISA"
-ISAS = ("scalar", "avx512")
+ISAS = ("scalar", "avx2", "avx512")
 
 _lock = threading.Lock()
 _loaded: Library | str | None = None

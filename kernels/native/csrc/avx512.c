@@ -202,6 +202,15 @@ INLINE void gather24(const char *row, const uint8_t *meta, char *values, int64_t
 
 static void finish(void) { _mm_sfence(); }
 
+static int supported(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
+           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+}
+
 SRT_ROW_KERNELS(TARGET, 2)
 SRT_ROW_KERNELS(TARGET, 4)
 SRT_ROW_TABLE(avx512);

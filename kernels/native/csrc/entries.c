@@ -25,31 +25,23 @@ static int forked;
 
 /* ---- instruction set ------------------------------------------------------------------------------------------ */
 
+static const srt_rows *const best_first[] = {
 #if defined(__x86_64__)
-static int has_avx512(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vpopcntdq") &&
-           __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
-}
+    &srt_rows_avx512,
+    &srt_rows_avx2,
 #endif
+    &srt_rows_scalar,
+};
 
-/* Chooses the row kernels: "scalar", "avx512", or "" for the best this processor runs. 0, or -1 where it cannot. */
+/* Chooses the row kernels by name, or with "" the best that this processor runs. 0, or -1 where there are none. */
 EXPORT int srt_use_isa(const char *name)
 {
-    int automatic = name[0] == '\0';
-#if defined(__x86_64__)
-    if ((automatic || strcmp(name, "avx512") == 0) && has_avx512()) {
-        rows = &srt_rows_avx512;
-        return 0;
-    }
-#endif
-    if (!automatic && strcmp(name, "scalar") != 0)
-        return -1;
-    rows = &srt_rows_scalar;
-    return 0;
+    for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++)
+        if ((name[0] == '\0' || strcmp(name, best_first[i]->name) == 0) && best_first[i]->supported()) {
+            rows = best_first[i];
+            return 0;
+        }
+    return -1;
 }
 
 EXPORT const char *srt_isa(void) { return rows->name; }

@@ -16,6 +16,9 @@
 typedef struct {
     const char *name;
 
+    /* Whether this processor runs them. */
+    int (*supported)(void);
+
     /* Kept columns of one row. */
     int64_t (*count)(const uint8_t *bits, int64_t n);
 
@@ -37,7 +40,7 @@ typedef struct {
 
 extern const srt_rows srt_rows_scalar;
 #if defined(__x86_64__)
-extern const srt_rows srt_rows_avx512;
+extern const srt_rows srt_rows_avx2, srt_rows_avx512;
 #endif
 
 /* A file of row kernels writes each of them once, as an always-inlined expand(), gather(), expand24() and gather24()
@@ -64,6 +67,7 @@ extern const srt_rows srt_rows_avx512;
 #define SRT_ROW_TABLE(NAME)                                                                                            \
     const srt_rows srt_rows_##NAME = {                                                                                 \
         .name = #NAME,                                                                                                 \
+        .supported = supported,                                                                                        \
         .count = count,                                                                                                \
         .expand = {expand_2, expand_4},                                                                                \
         .gather = {gather_2, gather_4},                                                                                \

@@ -55,6 +55,8 @@ INLINE void gather24(const char *row, const uint8_t *meta, char *values, int64_t
 
 static void finish(void) {}
 
+static int supported(void) { return 1; }
+
 SRT_ROW_KERNELS(, 2)
 SRT_ROW_KERNELS(, 4)
 SRT_ROW_TABLE(scalar);
