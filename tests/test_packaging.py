@@ -47,21 +47,20 @@ def test_wheel_holds_code_sources_and_assets(dist):
 
 
 def test_installed_wheel_runs_outside_the_checkout(dist, tmp_path):
-    venv.create(tmp_path / "venv", system_site_packages=False, with_pip=False)
-    python = tmp_path / "venv" / "bin" / "python"
-    site = Path(run(str(python), "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).stdout.strip())
+    site = tmp_path / "site"
     with zipfile.ZipFile(next(dist.glob("*.whl"))) as wheel:
         wheel.extractall(site)
-    # The packages that sparse-rt needs come from this environment; its own editable install must not be found.
+    # -S leaves out this environment's own editable install; its folder still lends the packages that sparse-rt needs.
     here = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "dependencies.pth").write_text("\n".join(here))
-    code = (
-        "import sparse_rt; from sparse_rt.kernels import ops; from sparse_rt import assets; print(sparse_rt.__file__)"
-    )
-    done = run(str(python), "-S", "-c", f"import sys; sys.path[1:1] = [{str(site)!r}, *{here!r}]; {code}", cwd=tmp_path)
-    assert done.stdout.strip().startswith(str(site))
-    command = f"import sys; sys.path[1:1] = [{str(site)!r}, *{here!r}]; from sparse_rt.tools.cli import main; main(['--help'])"
-    assert "convert" in run(str(python), "-S", "-c", command, cwd=tmp_path).stdout
+    prefix = f"import sys; sys.path[1:1] = {[str(site), *here]!r}; "
+
+    def python(code):
+        return run(sys.executable, "-S", "-c", prefix + code, cwd=tmp_path).stdout
+
+    location = python("import sparse_rt; from sparse_rt.kernels import ops; print(sparse_rt.__file__)")
+    assert location.strip().startswith(str(site))
+    help_text = python("from sparse_rt.tools.cli import main; main(['--help'])")
+    assert "convert" in help_text
 
 
 def test_entry_points_and_extras():
