@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -207,8 +208,8 @@ def check_sparsity(sparsity: float | None) -> float:
 
 
 def num_kept(total: int, sparsity: float) -> int:
-    """How many of ``total`` weights stay at ``sparsity``; the epsilon undoes 100 * 0.29 = 28.999999999999996."""
-    return total - int(total * sparsity + 1e-9)
+    """How many of ``total`` weights stay at ``sparsity``, in decimal: 100 * 0.29 is 28.999999999999996 in binary."""
+    return total - int(total * Fraction(repr(float(sparsity))))
 
 
 def keep_highest(scores: Tensor, keep: int) -> Tensor:
