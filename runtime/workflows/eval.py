@@ -45,10 +45,6 @@ def perplexity(model, tokenizer, options: EvalOptions, progress: Progress) -> di
     if length < options.max_seq_len:
         progress.note(f"context {length}: the model has {limit} positions")
     windows = token_windows(read_texts(dataset, tokenizer), tokenizer, length)[: options.max_samples]
-    if len(windows) == 0:
-        raise UserError(
-            f"{dataset} holds less than one window of {length} tokens; give more text or a lower --max-seq-len"
-        )
     total, count = 0.0, 0
     step = max(1, BATCH_TOKENS // length)
     for batch in progress.track(windows.split(step), "perplexity", total=math.ceil(len(windows) / step)):
