@@ -153,7 +153,6 @@ class CheckpointWriter:
             names[shard.file] = f"{stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
             (self.folder / shard.file).rename(self.folder / names[shard.file])
             weight_map |= dict.fromkeys(shard.tensors, names[shard.file])
-        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
         config = {k: v for k, v in self.config.items() if k not in ("quantization_config", "transformers_weights")}
         if self.sparse:
             config["quantization_config"] = self.sparse.to_dict()
@@ -161,6 +160,7 @@ class CheckpointWriter:
         if self.sparse:
             write_json(self.folder / MANIFEST_NAME, self._manifest(manifest or {}))
         write_json(self.folder / index_name, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
+        (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
 
     def _manifest(self, extra: dict[str, Any]) -> dict[str, Any]:
         weights = {}
@@ -170,7 +170,7 @@ class CheckpointWriter:
         files = {
             str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
             for file in sorted(self.folder.rglob("*"))
-            if file.is_file()
+            if file.is_file() and file.name != JOURNAL_NAME
         }
         tensors = {name: digest for shard in self._shards for name, digest in shard.tensors.items()}
         head = {"format_version": FORMAT_VERSION, "producer": self.sparse.producer}
@@ -184,8 +184,10 @@ class CheckpointWriter:
         temporary.rename(self.folder / JOURNAL_NAME)
 
     def _read_journal(self) -> list[_Shard]:
+        """The finished shards of an interrupted run, under their working names; other leftovers are removed."""
         path = self.folder / JOURNAL_NAME
         if not path.is_file():
+            self._remove_leftovers([])
             return []
         journal = json.loads(path.read_text())
         if journal["fingerprint"] != self.fingerprint:
@@ -193,4 +195,18 @@ class CheckpointWriter:
                 "cannot resume: the unfinished conversion was started from another source, with other options or by "
                 "another version; run again without --resume to start over"
             )
-        return [_Shard(**shard) for shard in journal["shards"]]
+        shards = [_Shard(**shard) for shard in journal["shards"]]
+        for number, shard in enumerate(shards, 1):
+            # An interruption while finishing leaves some shards under their final names.
+            for renamed in self.folder.glob(f"*-{number:05d}-of-{len(shards):05d}.safetensors"):
+                renamed.rename(self.folder / shard.file)
+            if not (self.folder / shard.file).is_file():
+                raise UserError(f"cannot resume: {shard.file} of the unfinished conversion is gone; start over")
+        self._remove_leftovers(shards)
+        return shards
+
+    def _remove_leftovers(self, shards: list[_Shard]) -> None:
+        kept = {shard.file for shard in shards}
+        for file in (*self.folder.glob("*.safetensors"), *self.folder.glob("*.tmp"), *self.folder.glob("*.index.json")):
+            if file.name not in kept:
+                file.unlink()
