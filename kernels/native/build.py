@@ -152,6 +152,9 @@ def compile_library(compiler: list[str], flags: list[str], sources: list[Path], 
         done = run_compiler(command)
         if done.returncode != 0:
             raise BuildError(f"{shlex.join(compiler)} cannot compile the kernels ({tail(done.stderr)}); {REMEDY}")
+        # Without the fsync a power cut can leave the name without the data, and loading that ends the process (SIGBUS).
+        with temporary.open("rb+") as handle:
+            os.fsync(handle.fileno())
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

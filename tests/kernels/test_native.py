@@ -80,6 +80,7 @@ def test_results_larger_than_the_caches(isa, threads, pattern, n):
     m = (17 << 20) // (2 * 4096)
     values, metadata, dense = random_case(m, n, pattern, 0.5, torch.bfloat16)
     assert same_bits(native.decompress(values, metadata, pattern, m, n), dense)
+    assert same_bits(native.gather(dense, metadata, pattern, m, n, values), values)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
