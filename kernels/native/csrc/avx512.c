@@ -14,7 +14,7 @@
 /* Zero-masked expand and compress from a register. On Zen 4 VPEXPANDW waits for its destination register although
  * zero-masking overwrites all of it: 5.0 cycles in a chain against 1.4 when a zeroing idiom breaks it, and which one
  * the compiler produces changes with unrelated edits. So the vpxor is written down. ("x": registers 0-15, which VEX can
- * encode.) The memory forms are no way around it: they are microcoded there, the storing one takes 100 cycles. */
+ * encode.) Compress is stored through a register as well: its own storing form takes about 100 cycles there. */
 #define ZERO_MASKED(NAME, INSTRUCTION, MASK)                                                                           \
     INLINE __m512i NAME(uint64_t mask, __m512i from)                                                                   \
     {                                                                                                                  \
