@@ -1,7 +1,7 @@
 """sparse-rt: sparse LLM weights that stay compressed from disk to serving.
 
-Importing this package registers the ``sparse_rt`` format with transformers (as soon as transformers is imported,
-before or after) and costs milliseconds: heavy packages are imported only by what needs them.
+Importing this package registers the ``sparse_rt`` format with transformers and the adapters with PEFT (as soon as they
+are imported, before or after) and costs milliseconds: heavy packages are imported only by what needs them.
 """
 
 from pathlib import Path
@@ -12,10 +12,10 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels").is_dir()
     __path__.append(str(_checkout))
 
 from sparse_rt.errors import BackendError, CheckFailed, FormatError, SparseRTError, UserError
-from sparse_rt.hf.hook import install as _install_transformers_hook
+from sparse_rt.hooks import install as _install_hooks
 from sparse_rt.version import __version__
 
-_install_transformers_hook()
+_install_hooks()
 
 # Public name -> module that defines it; resolved on first use so that `import sparse_rt` stays cheap.
 _LAZY = {

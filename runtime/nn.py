@@ -80,7 +80,8 @@ class SparseLinear(nn.Linear):
     def __getattr__(self, name: str):
         if name == "weight":  # a property could not say this: nn.Module turns its AttributeError into its own
             raise AttributeError(
-                f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress()"
+                f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress(); "
+                "to adapt it use sparse_rt.SPPConfig or sparse_rt.MaskLoRAConfig in place of LoRA and its relatives"
             )
         return super().__getattr__(name)
 

@@ -1,1 +1,1 @@
-"""The transformers integration; ``hook`` registers it, ``quantizer`` is it, ``load`` is the short way to a model."""
+"""The transformers integration: ``quantizer`` is it, ``load`` is the short way to a model."""

@@ -1,0 +1,249 @@
+"""What all adapters share: options, the layer around a ``SparseLinear``, and the PEFT tuner that attaches it.
+
+A new adapter is one file with three classes: options (``AdapterConfig``), layer (``new_parameters`` and ``update``) and
+tuner (``@register_adapter``). See ``spp.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from sparse_rt.adapters.effective import Rows, Update, Weight, adapted_linear, effective_values
+from sparse_rt.adapters.peft_hooks import ReplaceWithoutWeight
+from sparse_rt.errors import UserError
+from sparse_rt.nn import SparseLinear, sparse_linears
+
+logger = logging.getLogger(__name__)
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass
+class AdapterConfig(PeftConfig):
+    """Options every adapter has; names and meanings as in PEFT's own configs."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "compressed layers to adapt: names, a regular expression, all-linear; default: all of them"},
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "layers not to adapt"})
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules trained and saved as a whole, such as norms"}
+    )
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "indexes of layers to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the list of layers"})
+    dropout: float = field(
+        default=0.0, metadata={"help": "dropout before the update; above 0 each layer takes two products, not one"}
+    )
+    exact: bool = field(
+        default=False,
+        metadata={"help": "base and update in two products, so that no small update is rounded away in bfloat16"},
+    )
+    base_digest: str | None = field(
+        default=None, metadata={"help": "digest of the compressed weights trained on; `merge` compares it"}
+    )
+
+    name: ClassVar[str]
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType(self.name.upper())
+        for option in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, option), list):
+                setattr(self, option, set(getattr(self, option)))
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be from 0 up to (not including) 1, got {self.dropout!r}")
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """The adapters of one ``SparseLinear``; parameters live in one ``ParameterDict`` each, keyed by adapter name."""
+
+    parameter_names: ClassVar[tuple[str, ...]] = ()
+    adapter_layer_names: tuple[str, ...] = ()
+    other_param_names: tuple[str, ...] = ("adapter_options",)
+
+    def __init__(self, base_layer: SparseLinear, adapter_name: str, config: AdapterConfig):
+        super().__init__()
+        self.base_layer = base_layer
+        self.adapter_options: dict[str, AdapterConfig] = {}
+        for name in self.adapter_layer_names:
+            self.add_module(name, nn.ParameterDict())
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._active_adapter = adapter_name
+        self._blocks = None
+        self._unmerged_values: Tensor | None = None
+        self.update_layer(adapter_name, config)
+
+    @classmethod
+    def refuse(cls, config: AdapterConfig, m: int, n: int) -> str | None:
+        """Why a layer (m, n) cannot be adapted with ``config``, or None."""
+        return None
+
+    @classmethod
+    def new_parameters(cls, config: AdapterConfig, m: int, n: int) -> tuple[Tensor, ...]:
+        """Fresh float32 parameters in the order of ``parameter_names``; the adapter must start as the identity."""
+        raise NotImplementedError
+
+    @staticmethod
+    def update(config: AdapterConfig, rows: Rows, *parameters: Tensor) -> Tensor:
+        """What the adapter adds to ``rows.values``: same shape, differentiable in the parameters."""
+        raise NotImplementedError
+
+    def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
+        """Add the adapter ``adapter_name`` with fresh parameters, float32, on the device of the values."""
+        device = self.base_layer.values.device
+        parameters = self.new_parameters(config, self.out_features, self.in_features)
+        for name, parameter in zip(self.adapter_layer_names, parameters, strict=True):
+            getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(device))
+        self.adapter_options[adapter_name] = config
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def compressed(self) -> Weight:
+        """The base layer's weight as the adapters see it: the values before any merge."""
+        base = self.base_layer
+        if base.values.is_meta:
+            raise UserError("an adapter needs its base weights in memory; load the model without offloading")
+        if self._blocks is None:
+            weight = Weight.of(base.values, base.metadata, base.pattern, self.out_features, self.in_features)
+            self._blocks = weight.blocks
+        values = base.values if self._unmerged_values is None else self._unmerged_values.to(base.values.device)
+        return Weight(values, base.metadata, base.pattern, self.out_features, self.in_features, self._blocks)
+
+    def updates(self, adapter_names: list[str]) -> list[Update]:
+        """The updates of those of ``adapter_names`` that this layer has."""
+        return [
+            Update(
+                functools.partial(self.update, self.adapter_options[name]),
+                tuple(getattr(self, parameters)[name] for parameters in self.adapter_layer_names),
+            )
+            for name in adapter_names
+            if name in self.adapter_options
+        ]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [name for name in self.active_adapters if name in self.adapter_options]
+        if self.disable_adapters or self.merged or not active:
+            return self.base_layer(x)
+        alone = [name for name in active if self._needs_branch(name)]
+        together = self.updates([name for name in active if name not in alone])
+        y = adapted_linear(x, self.compressed(), self.base_layer.bias, together) if together else self.base_layer(x)
+        for name in alone:
+            dropped = nn.functional.dropout(x, self.adapter_options[name].dropout, self.training)
+            y = y + adapted_linear(dropped, self.compressed(), None, self.updates([name]), with_base=False)
+        return y
+
+    def _needs_branch(self, name: str) -> bool:
+        options = self.adapter_options[name]
+        return options.exact or (self.training and options.dropout > 0)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the effective values into the base layer; the metadata is not touched.
+
+        Rounds once, from the unmerged values and all merged adapters together, so the order of merges does not matter.
+        ``safe_merge`` raises ``UserError`` for NaN or Inf and leaves the layer as it was.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
+        if not names:
+            return
+        base, merged_adapters = self.base_layer, [*self.merged_adapters, *names]
+        merged = effective_values(self.compressed(), self.updates(merged_adapters))
+        if safe_merge and not bool(torch.isfinite(merged).all()):
+            raise UserError(f"merging {', '.join(names)} gives NaN or Inf; the adapter seems to be broken")
+        if self._unmerged_values is None:
+            self._unmerged_values = base.weight_values.data
+        base.weight_values.data = merged
+        self.merged_adapters = merged_adapters
+
+    def unmerge(self) -> None:
+        """Put the base values back, bit for bit."""
+        if self._unmerged_values is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        values = self.base_layer.weight_values
+        values.data = self._unmerged_values.to(device=values.device, dtype=values.dtype)
+        self._unmerged_values = None
+        self.merged_adapters = []
+
+
+class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
+    """A PEFT tuner for ``SparseLinear``. Subclasses set ``name``, ``prefix``, ``config_cls``, ``tuner_layer_cls``."""
+
+    name: ClassVar[str]
+    config_cls: ClassVar[type[AdapterConfig]]
+    tuner_layer_cls: type[AdapterLayer]
+    # The default learning rate of `sparse-rt finetune`.
+    learning_rate: ClassVar[float]
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict) -> AdapterConfig:
+        return peft_config  # targets are the compressed layers, whatever the architecture: see _prepare_model
+
+    def _prepare_model(self, peft_config: AdapterConfig, model: nn.Module) -> None:
+        """Choose the targets and refuse, before anything is replaced, what cannot be adapted."""
+        names = [name.removesuffix(".base_layer") for name, _ in sparse_linears(model)]
+        if not names:
+            raise UserError(
+                f"{type(self).__name__} adapts compressed layers and this model has none; "
+                "convert it first with `sparse-rt convert`"
+            )
+        targets = peft_config.target_modules
+        if targets is None:
+            peft_config.target_modules = set(names)
+        elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+            head = _output_embedding_name(model)
+            peft_config.target_modules = {name for name in names if name != head}
+        for name, module in model.named_modules():
+            if ".base_layer" in name or not self._check_target_module_exists(peft_config, name):
+                continue
+            self._refuse_target(peft_config, name, module)
+
+    def _refuse_target(self, config: AdapterConfig, name: str, module: nn.Module) -> None:
+        layer = module.base_layer if isinstance(module, AdapterLayer) else module
+        if not isinstance(layer, SparseLinear):
+            if isinstance(module, BaseTunerLayer):
+                raise UserError(f"{name} carries another kind of adapter ({type(module).__name__}); remove it first")
+            raise UserError(
+                f"{config.name} adapts compressed layers, {name} is a {type(layer).__name__}; leave target_modules "
+                "out to adapt all compressed layers, or convert the model so that this layer is compressed"
+            )
+        reason = self.tuner_layer_cls.refuse(config, layer.out_features, layer.in_features)
+        if reason:
+            raise UserError(f"{config.name} cannot adapt {name}: {reason}")
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, AdapterLayer):
+            target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
+            return
+        layer = self.tuner_layer_cls(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:  # an additional adapter is not trained until it is activated
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def _output_embedding_name(model: nn.Module) -> str | None:
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return None
+    return next((name for name, module in model.named_modules() if module is head), None)

@@ -1,0 +1,63 @@
+"""What is particular to one adapter."""
+
+import pytest
+import torch
+
+import helpers
+from sparse_rt import MaskLoRAConfig, SPPConfig
+from sparse_rt.adapters.masklora import MaskLoRALayer
+from sparse_rt.adapters.spp import SPPLayer
+from sparse_rt.errors import UserError
+from sparse_rt.nn import SparseLinear
+
+
+def base_layer(m, n, pattern="unstructured", **options):
+    return SparseLinear(n, m, pattern, *helpers.compressed(m, n, pattern, **options)[:2], None)
+
+
+def test_spp_gradient_invariant_per_group():
+    layer = SPPLayer(base_layer(24, 37), "default", SPPConfig(groups=4)).double()
+    a, b = layer.spp_A["default"], layer.spp_B["default"]
+    torch.nn.init.normal_(b)
+    layer(torch.randn(5, 37, dtype=torch.float64)).square().sum().backward()
+    torch.testing.assert_close((b * b.grad).view(4, 6).sum(1), (a * a.grad).sum(1), rtol=1e-10, atol=1e-10)
+
+
+def test_spp_keeps_explicit_zeros_and_masklora_may_fill_them():
+    base = base_layer(16, 32)
+    base.weight_values.data[:10] = 0
+    for layer, stays in (
+        (SPPLayer(base, "default", SPPConfig(groups=4)), True),
+        (MaskLoRALayer(base, "default", MaskLoRAConfig()), False),
+    ):
+        torch.nn.init.normal_(getattr(layer, layer.adapter_layer_names[1])["default"])
+        layer.merge()
+        assert bool((base.values[:10] == 0).all()) is stays
+        layer.unmerge()
+
+
+def test_spp_refuses_rows_it_cannot_cut():
+    assert "allowed are [1, 2, 3, 4, 6, 8, 12, 24]" in SPPLayer.refuse(SPPConfig(), 24, 36)
+    assert SPPLayer.refuse(SPPConfig(groups=8), 24, 36) is None
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: SPPConfig(groups=0), "groups must be at least 1"),
+        (lambda: MaskLoRAConfig(r=0), "r must be at least 1"),
+        (lambda: SPPConfig(dropout=1.0), "dropout must be from 0"),
+    ],
+)
+def test_bad_options_are_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_parameter_counts_of_the_papers():
+    base = base_layer(64, 96)
+    spp = SPPLayer(base, "default", SPPConfig())
+    assert sum(p.numel() for p in spp.parameters() if p.requires_grad) == 16 * 96 + 64
+    assert spp.spp_A["default"].abs().max() <= 96**-0.5 and not spp.spp_B["default"].any()
+    lora = MaskLoRALayer(base, "default", MaskLoRAConfig(r=4))
+    assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == 4 * (96 + 64)
