@@ -34,6 +34,17 @@ class Override(BaseModel):
     pattern: Pattern
 
 
+class Producer(BaseModel):
+    """Who wrote the folder. An object with ``name``, because vLLM reads that key of every quantization_config."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = "sparse-rt"
+    version: str = __version__
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
 class SparseConfig(BaseModel):
     """Version 1. ``ignore`` names modules left dense, ``overrides`` gives single modules another pattern."""
 
@@ -44,7 +55,7 @@ class SparseConfig(BaseModel):
     values: str = "plain"
     ignore: list[str] = Field(default_factory=list)
     overrides: dict[str, Override] = Field(default_factory=dict)
-    producer: str = f"sparse-rt {__version__}"
+    producer: Producer = Field(default_factory=Producer)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SparseConfig:

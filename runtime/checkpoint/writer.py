@@ -173,7 +173,7 @@ class CheckpointWriter:
             if file.is_file() and file.name != JOURNAL_NAME
         }
         tensors = {name: digest for shard in self._shards for name, digest in shard.tensors.items()}
-        head = {"format_version": FORMAT_VERSION, "producer": self.sparse.producer}
+        head = {"format_version": FORMAT_VERSION, "producer": str(self.sparse.producer)}
         return {**head, **extra, "files": files, "tensors": tensors, "weights": weights}
 
     def _write_journal(self) -> None:
