@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -149,21 +149,42 @@ class GenerateOptions(Options):
     revision: str | None = None
 
 
+BenchPhase = Literal["disk", "load", "memory", "prefill", "decode", "train"]
+BENCH_PHASES: tuple[str, ...] = get_args(BenchPhase)
+
+
 class BenchOptions(Options):
     model: str
     baseline: str | None = Field(None, description="dense model to compare with; default: this model, decompressed")
-    phase: list[str] = Field([], description="disk, load, memory, prefill, decode, train; default: all")
-    engine: list[Literal["hf", "vllm", "onnx"]] = Field(["hf"], description="hf, vllm, onnx (repeatable)")
+    phase: list[BenchPhase] = Field([], description="what to measure (repeatable); default: all")
+    engine: list[Literal["hf", "vllm", "onnx"]] = Field(
+        ["hf"], min_length=1, description="what runs the models (repeatable)"
+    )
     batch: list[int] = Field([1], description="sequences at once (repeatable)")
     prompt_tokens: int = Field(128, ge=1, description="tokens of prefill")
     new_tokens: int = Field(32, ge=2, description="tokens of decode")
     train_tokens: int = Field(256, ge=2, description="tokens of a training step")
     repeats: int = Field(5, ge=1, description="interleaved repetitions; the median counts")
+    device: str = Field("auto", description="device of the hf engine: auto, cpu, cuda")
     report: Path | None = Field(None, description="folder for report.json, report.md and report.png")
     fail_below: float | None = Field(
         None, gt=0, description="exit 3 when a prefill/decode/train speed-up is below this"
     )
     overwrite: bool = Field(False, description="replace a non-empty report folder")
+
+    @field_validator("batch")
+    @classmethod
+    def _batch(cls, value):
+        if not value or min(value) < 1:
+            raise ValueError("batch is a number of sequences, at least 1")
+        return value
+
+
+class DemoOptions(Options):
+    output_dir: Path
+    steps: int = Field(60, ge=1, description="fine-tuning steps")
+    skip: list[str] = Field([], description="stages to leave out: vllm, onnx")
+    overwrite: bool = Field(False, description="replace a non-empty output folder")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

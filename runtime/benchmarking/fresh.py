@@ -1,0 +1,66 @@
+"""Load time and memory of one model in a process of its own; runs inside ``worker``."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_rt.benchmarking.hf_engine import forward_options, random_tokens
+from sparse_rt.benchmarking.rows import timed
+from sparse_rt.hf.load import load
+
+
+def load_once(request: dict[str, Any]) -> dict[str, Any]:
+    """Load ``request["folder"]`` and run one forward pass of ``tokens`` tokens: seconds and bytes.
+
+    The first forward pass belongs to loading: a dense model is mapped from its file, and only use reads it.
+    """
+    device = torch.device(request["device"])
+    # Imports and the start of the accelerator are the same on both sides and are not counted.
+    from transformers import AutoModelForCausalLM  # noqa: F401
+
+    torch.zeros(1, device=device)
+    before = resident()
+    reset_peak()
+    load_seconds, model = timed(lambda: load(request["folder"], dtype=request["dtype"]).to(device), device)
+    ids = random_tokens(model, 1, request["tokens"])
+    with torch.inference_mode():
+        forward_seconds, _ = timed(lambda: model(ids, use_cache=False, **forward_options(model)), device)
+    gc.collect()
+    parameters = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    return {
+        "load": load_seconds,
+        "ready": load_seconds + forward_seconds,
+        "before": before,
+        "peak": peak(),
+        "steady": resident(),
+        "parameters": sum(parameters.values()),
+        "gpu_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    }
+
+
+def resident() -> int | None:
+    """Bytes of this process in memory, mapped files included; None where /proc is missing."""
+    return _status("VmRSS")
+
+
+def peak() -> int | None:
+    """The most bytes of this process in memory since ``reset_peak``."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> None:
+    with contextlib.suppress(OSError):  # the peak then includes the imports, which are the same on both sides
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(name: str) -> int | None:
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -1,0 +1,126 @@
+"""A benchmark result for people: table, sentence, Markdown, chart, and the report folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.checkpoint import output_directory
+from sparse_rt.optional import available
+from sparse_rt.progress import Progress
+from sparse_rt.report import bar_chart, markdown_list, markdown_table, quantity, write_json
+
+COLUMNS = ["engine", "phase", "what", "batch>", "dense>", "sparse>", "ratio>", "range>"]
+CHART, MARKDOWN, JSON = "report.png", "report.md", "report.json"
+
+
+def where_sparse_loses(rows: list[dict[str, Any]]) -> str:
+    """One sentence, from the rows."""
+    sentences = []
+    for unit, word in (("s", "slower"), ("bytes", "larger")):
+        places = []
+        for row in rows:
+            ratio = row["ratio"]
+            if row["unit"] == unit and round(ratio["median"], 2) < 1:
+                doubt = ", but not in every pair" if ratio["max"] >= 1 else ""
+                places.append(f"{row_name(row)} ({ratio['median']:.2f}x{doubt})")
+        if places:
+            sentences.append(f"Sparse is {word} than dense here: {', '.join(places)}.")
+    return " ".join(sentences) or "Sparse is neither slower nor larger than dense in any row of this run."
+
+
+def row_name(row: dict[str, Any]) -> str:
+    """A row in a few words."""
+    detail = f"batch {row['batch']}" if row["phase"] in ("prefill", "decode") else row["what"]
+    return f"{row['engine']} {row['phase']}, {detail}"
+
+
+def table_rows(result: dict[str, Any]) -> list[tuple]:
+    """The rows as cells of ``COLUMNS``."""
+    rows = []
+    for row in result["rows"]:
+        ratio = row["ratio"]
+        rows.append(
+            (
+                row["engine"],
+                row["phase"],
+                row["what"],
+                row["batch"] or "",
+                quantity(row["dense"]["median"], row["unit"]),
+                quantity(row["sparse"]["median"], row["unit"]),
+                f"{ratio['median']:.2f}x",
+                "exact"
+                if len(ratio["samples"]) == 1 and row["unit"] == "bytes"
+                else f"{ratio['min']:.2f}-{ratio['max']:.2f}",
+            )
+        )
+    return rows
+
+
+def write_report(result: dict[str, Any], target: Path, overwrite: bool, progress: Progress) -> None:
+    """``report.json``, ``report.md`` and, with matplotlib, ``report.png``; the folder appears whole."""
+    chart = available("matplotlib")
+    if not chart:
+        note = 'no chart: matplotlib is not installed (pip install "sparse-rt[plot]")'
+        result["notes"].append(note)
+        progress.note(note)
+    names = [JSON, MARKDOWN, *([CHART] if chart else [])]
+    with output_directory(target, overwrite) as partial:
+        result["report"] = [str(target / name) for name in names]
+        if chart:
+            rows = result["rows"]
+            bar_chart(
+                partial / CHART,
+                [row_name(row) for row in rows],
+                [row["ratio"]["median"] for row in rows],
+                f"{result['model']} ({result['pattern']}, {result['sparsity']:.0%} zeros) against {result['baseline']}",
+                "dense / sparse: above 1 sparse is faster or smaller",
+                [(row["ratio"]["min"], row["ratio"]["max"]) for row in rows],
+                reference=1.0,
+            )
+        (partial / MARKDOWN).write_text(markdown(result, chart))
+        write_json(partial / JSON, result)
+
+
+def markdown(result: dict[str, Any], chart: bool) -> str:
+    """The report as Markdown."""
+    settings = result["settings"]
+    parts = [
+        f"# Dense and sparse side by side: {Path(result['model']).name}\n",
+        f"{result['pattern']}, {result['sparsity']:.1%} zeros in the compressed layers, {result['dtype']}; baseline: "
+        f"{result['baseline']}. {settings['repeats']} repetitions, dense and sparse in turn.\n",
+        f"{result['date']}, {result['machine_line']}\n",
+        *(f"**Warning:** {warning}.\n" for warning in result["warnings"]),
+        markdown_table(COLUMNS, table_rows(result)),
+        result["slower"] + "\n",
+        *(["![ratios](report.png)\n"] if chart else []),
+        "## Tokens a second\n" if any(row["tokens_per_second"] for row in result["rows"]) else "",
+        speed_table(result),
+        "## Notes\n",
+        markdown_list(result["notes"] + row_notes(result) + engine_notes(result)),
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def speed_table(result: dict[str, Any]) -> str:
+    """Medians as tokens a second, for the rows where that means something."""
+    rows = [
+        (row_name(row), *(quantity(row["tokens_per_second"][side], "") for side in ("dense", "sparse")))
+        for row in result["rows"]
+        if row["tokens_per_second"]
+    ]
+    return markdown_table(["", "dense>", "sparse>"], rows) if rows else ""
+
+
+def row_notes(result: dict[str, Any]) -> list[str]:
+    return [f"{row_name(row)}: {row['note']}" for row in result["rows"] if row["note"]]
+
+
+def engine_notes(result: dict[str, Any]) -> list[str]:
+    """The settings of every engine and the backends of the compressed layers."""
+    engines = [
+        f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
+        for name, settings in result["engines"].items()
+    ]
+    backends = [f"{row['tokens']} tokens: {row['backend']}" for row in result["backends"]]
+    return [*engines, f"backend of the largest compressed layer in torch: {', '.join(backends)}"]

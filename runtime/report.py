@@ -1,0 +1,114 @@
+"""Reports as files: a Markdown table, a JSON object, a bar chart; and figures as people read them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.optional import require
+
+# Units that are scaled for the reader: factor to the next unit, and the names from small to large.
+_SCALES = {
+    "bytes": (1000.0, ("B", "kB", "MB", "GB", "TB")),
+    "s": (1000.0, ("us", "ms", "s")),
+}
+
+
+def size(count: float) -> str:
+    """Bytes for people, in decimal units: 1.2 MB."""
+    factor, names = _SCALES["bytes"]
+    for name in names[:-1]:
+        if abs(count) < factor:
+            return f"{count:.0f} {name}" if name == "B" else f"{count:.1f} {name}"
+        count /= factor
+    return f"{count:.1f} {names[-1]}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people, to three digits: 12.3 ms, 4.56 s."""
+    factor, names = _SCALES["s"]
+    value, place = seconds * factor ** (len(names) - 1), 0
+    while abs(value) >= factor and place < len(names) - 1:
+        value, place = value / factor, place + 1
+    return f"{value:.{_digits(value)}f} {names[place]}"
+
+
+def quantity(value: float, unit: str) -> str:
+    """A figure with its unit: ``bytes`` and ``s`` are scaled, anything else is written behind the number."""
+    if unit == "bytes":
+        return size(value)
+    if unit == "s":
+        return duration(value)
+    return f"{value:,.{_digits(value)}f} {unit}".rstrip()
+
+
+def _digits(value: float) -> int:
+    """Decimals that leave three significant digits of a value from 1 to 1000."""
+    return 0 if abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; a column whose name ends with ">" is right-aligned, as in ``tools.console.table``."""
+    lines = [
+        _line(column.removesuffix(">") for column in columns),
+        _line("---:" if column.endswith(">") else "---" for column in columns),
+    ]
+    lines += [_line(row) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: Iterable[Any]) -> str:
+    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+
+def markdown_list(items: Iterable[Any]) -> str:
+    return "".join(f"- {item}\n" for item in items)
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def bar_chart(
+    path: Path,
+    labels: Sequence[str],
+    values: Sequence[float],
+    title: str,
+    axis: str,
+    spans: Sequence[tuple[float, float]] | None = None,
+    reference: float | None = None,
+) -> None:
+    """Horizontal bars as a PNG; ``spans`` (low, high) become error bars, bars below ``reference`` another colour.
+
+    Raises ``UserError`` when matplotlib is not installed.
+    """
+    require("matplotlib", "plot")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 1.4 + 0.34 * len(labels)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    # As the label shows it: a bar labelled 1.00 is not below 1.
+    below = [reference is not None and round(value, 2) < reference for value in values]
+    colours = ["#c0504d" if is_below else "#3b6ea5" for is_below in below]
+    places = range(len(labels))
+    axes.barh(places, values, color=colours)
+    if spans is not None:
+        left = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
+        rest = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
+        axes.errorbar(values, places, xerr=[left, rest], fmt="none", ecolor="#333333", capsize=3, linewidth=1)
+    right = max([*values, *(high for _, high in spans or ()), reference or 0.0], default=1.0)
+    for place, value in zip(places, values, strict=True):
+        high = spans[place][1] if spans is not None else value
+        axes.text(max(value, high) + right * 0.015, place, f"{value:.2f}", va="center", fontsize=8)
+    if reference is not None:
+        axes.axvline(reference, color="black", linewidth=1, linestyle="--")
+    axes.set_yticks(places, labels, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(0, right * 1.12)
+    axes.set_xlabel(axis)
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,186 @@
+"""``bench``: every phase with both sides, figures that follow from the samples, a report, and a verdict."""
+
+import json
+import statistics
+
+import pytest
+
+import helpers
+from sparse_rt.benchmarking.rendering import where_sparse_loses
+from sparse_rt.benchmarking.rows import Row
+from sparse_rt.benchmarking.worker import in_fresh_process
+from sparse_rt.config import BENCH_PHASES, BenchOptions
+from sparse_rt.errors import CheckFailed, SparseRTError, UserError
+from sparse_rt.report import duration, markdown_table, quantity, size
+from sparse_rt.workflows.bench import bench, table_rows
+
+SHORT = dict(prompt_tokens=8, new_tokens=3, train_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def sparse(dense_llama, tmp_path_factory):
+    return helpers.compress_folder(dense_llama, tmp_path_factory.mktemp("bench") / "sparse", "unstructured", 0.75)
+
+
+@pytest.fixture(scope="module")
+def whole_run(sparse, tmp_path_factory):
+    """Everything the hf engine measures against the decompressed baseline, with a report."""
+    report = tmp_path_factory.mktemp("bench") / "report"
+    options = BenchOptions(model=str(sparse), repeats=1, batch=[1, 2], report=report, **SHORT)
+    return bench(options), report
+
+
+def quick(model, baseline, **changes):
+    """Prefill alone: no fresh process."""
+    fields = dict(model=str(model), baseline=str(baseline), phase=["prefill"], repeats=1, **SHORT) | changes
+    return bench(BenchOptions.build(**fields))
+
+
+def rows_of(result, phase):
+    return [row for row in result["rows"] if row["phase"] == phase]
+
+
+def test_every_phase_has_both_sides(whole_run):
+    result, _ = whole_run
+    assert {row["phase"] for row in result["rows"]} == set(BENCH_PHASES)
+    for row in result["rows"]:
+        assert len(row["dense"]["samples"]) == len(row["sparse"]["samples"]) == 1
+        assert all(sample > 0 for side in ("dense", "sparse") for sample in row[side]["samples"]), row
+    assert [row["batch"] for row in rows_of(result, "decode")] == [1, 2]
+    assert result["baseline_kind"] == "decompressed" and result["sparsity"] == pytest.approx(0.75, abs=0.01)
+
+
+def test_sizes_are_those_of_the_files_and_parameters(whole_run, sparse, dense_llama):
+    result, _ = whole_run
+    (disk,) = rows_of(result, "disk")
+    assert disk["sparse"]["median"] == sum(file.stat().st_size for file in sparse.glob("*.safetensors"))
+    dense_bytes = sum(file.stat().st_size for file in dense_llama.glob("*.safetensors"))
+    assert disk["dense"]["median"] == pytest.approx(dense_bytes, rel=0.01)
+    parameters = next(row for row in rows_of(result, "memory") if row["what"] == "parameters and buffers")
+    saved = parameters["dense"]["median"] - parameters["sparse"]["median"]
+    in_layers = 2 * 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 160)  # bytes of the linear layers in bfloat16
+    assert saved == pytest.approx(in_layers * (0.75 - 1 / 16), rel=0.01)
+
+
+def test_the_training_step_compares_adapters_of_one_size(whole_run):
+    (row,) = rows_of(whole_run[0], "train")
+    assert "SPP" in row["note"] and "LoRA" in row["note"]
+    counts = [int(part.split()[-1]) for part in row["note"].split(" parameters")[:2]]
+    assert 0.5 < counts[0] / counts[1] < 2
+
+
+def test_the_report_holds_the_numbers_of_the_result(whole_run):
+    result, report = whole_run
+    assert json.loads((report / "report.json").read_text()) == json.loads(json.dumps(result, default=str))
+    markdown = (report / "report.md").read_text()
+    for cells in table_rows(result):
+        assert " | ".join(str(cell) for cell in cells) in markdown
+    assert result["slower"] in markdown and result["machine"]["cpu"] in markdown
+    assert (report / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_ratios_follow_from_the_pairs(sparse, dense_llama):
+    result = quick(sparse, dense_llama, phase=["prefill", "decode"], repeats=3)
+    assert [row["phase"] for row in result["rows"]] == ["prefill", "decode"]
+    for row in result["rows"]:
+        dense, fast = row["dense"]["samples"], row["sparse"]["samples"]
+        ratios = [a / b for a, b in zip(dense, fast, strict=True)]
+        assert row["ratio"]["samples"] == ratios and row["ratio"]["median"] == statistics.median(ratios)
+        assert row["dense"]["median"] == statistics.median(dense) and row["dense"]["max"] == max(dense)
+        tokens = 8 if row["phase"] == "prefill" else 1
+        assert row["tokens_per_second"]["sparse"] == pytest.approx(tokens / statistics.median(fast))
+
+
+def test_fail_below_reports_first_and_then_fails(sparse, dense_llama, tmp_path):
+    with pytest.raises(CheckFailed, match="hf prefill, batch 1") as failure:
+        quick(sparse, dense_llama, fail_below=1000.0, report=tmp_path / "report")
+    assert failure.value.exit_code == 3 and failure.value.result["below"]
+    written = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert written["fail_below"] == 1000.0 and written["below"] == failure.value.result["below"]
+
+
+def test_a_low_threshold_passes(sparse, dense_llama):
+    assert quick(sparse, dense_llama, fail_below=0.0001)["below"] == []
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(phase=["speed"]), "'disk', 'load', 'memory', 'prefill', 'decode' or 'train'"),
+        (dict(engine=["tensorrt"]), "'hf', 'vllm' or 'onnx'"),
+        (dict(batch=[0]), "at least 1"),
+        (dict(prompt_tokens=250, new_tokens=20), "256 positions"),
+        (dict(phase=["disk"], fail_below=1.0), "--fail-below judges prefill, decode, train"),
+        (dict(phase=["train"], engine=["onnx"]), "measures train; add --engine hf"),
+    ],
+)
+def test_bad_requests_say_what_is_allowed(sparse, dense_llama, changes, message):
+    with pytest.raises(UserError, match=message):
+        quick(sparse, dense_llama, **changes)
+
+
+def test_models_that_cannot_be_compared_are_refused(sparse, dense_llama, tmp_path):
+    with pytest.raises(UserError, match="is dense.*sparse-rt convert"):
+        quick(dense_llama, dense_llama)
+    with pytest.raises(UserError, match="is compressed"):
+        quick(sparse, sparse)
+    wider = helpers.tiny_llama(tmp_path / "wider", hidden_size=128)
+    with pytest.raises(UserError, match="hidden_size 128, the model has 64"):
+        quick(sparse, wider)
+    other = helpers.tiny_model(tmp_path / "other", "mistral")
+    with pytest.raises(UserError, match="model_type 'mistral', the model has 'llama'"):
+        quick(sparse, other)
+
+
+def test_a_missing_engine_names_its_extra(sparse, dense_llama, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "vllm", None)  # what an import finds when it is not installed
+    with pytest.raises(UserError, match=r'pip install "sparse-rt\[vllm\]"'):
+        quick(sparse, dense_llama, engine=["vllm"])
+
+
+def test_a_report_folder_is_not_overwritten_by_accident(sparse, dense_llama, tmp_path):
+    (tmp_path / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="not empty"):
+        quick(sparse, dense_llama, report=tmp_path)
+    assert (tmp_path / "mine.txt").read_text() == "keep"
+
+
+def test_a_failing_worker_tells_why():
+    with pytest.raises(SparseRTError, match="'nonsense': write KEY=VALUE"):
+        in_fresh_process("sparse_rt.config:parse_assignments", ["nonsense"])
+    assert in_fresh_process("sparse_rt.config:parse_assignments", ["a=1"]) == {"a": 1}
+
+
+def test_the_sentence_names_losing_rows_only():
+    def row(dense, sparse, unit="s", batch=1):
+        return Row("hf", "decode", "step", unit, dense, sparse, batch=batch).to_dict()
+
+    rows = [
+        row([2.0, 2.0], [1.0, 1.0]),
+        row([1.0, 1.0], [2.0, 2.0], batch=4),
+        row([1.0, 3.0, 1.0], [2.0, 2.0, 2.0], batch=8),
+    ]
+    sentence = where_sparse_loses(rows)
+    assert "batch 4 (0.50x)" in sentence and "batch 8 (0.50x, but not in every pair)" in sentence
+    assert "batch 1 " not in sentence and "larger" not in sentence
+    assert "larger" in where_sparse_loses([row([1.0], [2.0], unit="bytes")])
+    assert "neither slower nor larger" in where_sparse_loses(rows[:1])
+
+
+def test_figures_are_written_for_people():
+    assert (size(999), size(1.2e6), size(5e13)) == ("999 B", "1.2 MB", "50.0 TB")
+    assert (duration(0.0000021), duration(0.0123), duration(123.4)) == ("2.10 us", "12.3 ms", "123 s")
+    assert quantity(1234.0, "") == "1,234"
+    assert markdown_table(["a", "b>"], [("x|y", 1)]).splitlines() == ["| a | b |", "| --- | ---: |", "| x\\|y | 1 |"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine, phases", [("onnx", "disk load prefill decode"), ("vllm", "load prefill decode")])
+def test_serving_engines_measure_both_sides(sparse, dense_llama, engine, phases):
+    pytest.importorskip("onnxruntime" if engine == "onnx" else engine)
+    result = quick(sparse, dense_llama, engine=[engine], phase=[])
+    measured = {row["phase"]: row for row in result["rows"] if row["engine"] == engine}
+    assert set(measured) == set(phases.split())
+    for row in measured.values():
+        assert row["dense"]["median"] > 0 and row["sparse"]["median"] > 0
+    assert result["engines"][engine]
