@@ -1,0 +1,1 @@
+"""ONNX export: one file whose weights stay compressed and that every ONNX Runtime can run."""

@@ -1,0 +1,179 @@
+"""Turns a traced graph into ``model.onnx`` + ``model.onnx.data``: placeholders become operators, weights are attached.
+
+Every weight is stored in the dtype and, where it is compressed, in the very bytes of the checkpoint; one tensor is in
+memory at a time. Activations are float32, so a dense bfloat16 weight is followed by a Cast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor
+
+from sparse_rt.checkpoint import Checkpoint, WeightEntry
+from sparse_rt.errors import UserError
+from sparse_rt.exporters.onnx import functions
+from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
+from sparse_rt.formats import get_format
+from sparse_rt.formats.packing import row_counts
+
+MODEL_NAME = "model.onnx"
+DATA_NAME = "model.onnx.data"
+# ONNX Runtime maps the data file into memory, page by page.
+PAGE = 4096
+# Larger initializers that tracing left in the graph (embeddings of an unusual class) go back to their stored dtype.
+_LARGE = 1 << 16
+
+_TYPES = {
+    torch.float32: TensorProto.FLOAT,
+    torch.bfloat16: TensorProto.BFLOAT16,
+    torch.float16: TensorProto.FLOAT16,
+    torch.uint8: TensorProto.UINT8,
+    torch.int32: TensorProto.INT32,
+}
+
+
+def checkpoint_key(name: str, known: Iterable[str], prefix: str) -> str | None:
+    """What the checkpoint calls module or tensor ``name``: with or without the base model's prefix."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in known), None)
+
+
+class Assembler:
+    """Builds the final model of ``form`` ("function" or "dense") in ``folder``."""
+
+    def __init__(self, folder: Path, proto: onnx.ModelProto, checkpoint: Checkpoint, prefix: str, form: str):
+        self.path, self.proto, self.checkpoint = folder / MODEL_NAME, proto, checkpoint
+        self.prefix, self.form = prefix, form
+        self.data_path = folder / DATA_NAME
+        self._stored: set[str] = set()
+        self._casts: list[onnx.NodeProto] = []
+
+    def build(self, weights: dict[str, Weight]) -> onnx.ModelProto:
+        """Attach ``weights`` (by module name); the data file is written on the way, the graph is returned."""
+        graph = self.proto.graph
+        nodes: list[onnx.NodeProto] = []
+        with self.data_path.open("wb") as self._data:
+            for node in graph.node:
+                if node.domain == functions.DOMAIN and node.op_type == PLACEHOLDER:
+                    nodes += self._layer(node, weights)
+                else:
+                    nodes.append(node)
+            self._move_initializers()
+        del graph.node[:]
+        graph.node.extend([*self._casts, *nodes])
+        return self.proto
+
+    def _layer(self, node: onnx.NodeProto, weights: dict[str, Weight]) -> list[onnx.NodeProto]:
+        name = node.attribute[0].s.decode()
+        weight = weights[name]
+        x, y = node.input[0], node.output[0]
+        if weight.kind == "embedding":
+            table, dtype = self._dense(weight)
+            rows = y if dtype == torch.float32 else f"{name}.rows"
+            gather = helper.make_node("Gather", [table, x], [rows], name=name, axis=0)
+            return [gather] if rows == y else [gather, _to_float(rows, y)]
+        if weight.kind == "sparse" and self.form != "dense":
+            return [self._sparse(name, weight, x, y)]
+        source, dtype = self._dense(weight)
+        wide, turned = source, f"{name}.weight_t"
+        nodes = []
+        if dtype != torch.float32:
+            wide = f"{name}.weight_f32"
+            nodes.append(_to_float(source, wide))
+        nodes.append(helper.make_node("Transpose", [wide], [turned], name=f"{name}.transpose", perm=[1, 0]))
+        return [*nodes, helper.make_node("MatMul", [x, turned], [y], name=name)]
+
+    def _sparse(self, name: str, weight: Weight, x: str, y: str) -> onnx.NodeProto:
+        key = self._weight_key(weight.owner)
+        entry = self.checkpoint.weights[key]
+        operator = functions.operator_of(entry.pattern)
+        parts = [f"{weight.owner}.{part}" for part in get_format(entry.pattern).tensor_names]
+        if operator == "BitmaskLinear":
+            parts.append(f"{weight.owner}.row_offsets")
+        if parts[0] not in self._stored:
+            for part, tensor in zip(parts, self._sparse_tensors(key, entry), strict=True):
+                self._store(part, tensor)
+        node = helper.make_node(operator, [x, *parts], [y], name=name, domain=functions.DOMAIN, in_features=entry.n)
+        for prop, value in (("pattern", entry.pattern), ("sparsity", f"{entry.sparsity:.6f}")):
+            node.metadata_props.add(key=f"{functions.DOMAIN}.{prop}", value=value)
+        return node
+
+    def _sparse_tensors(self, key: str, entry: WeightEntry) -> tuple[Tensor, ...]:
+        values, metadata = self.checkpoint.load_weight(key)
+        if entry.pattern == "2:4":
+            return values, metadata
+        offsets = torch.nn.functional.pad(row_counts(metadata).cumsum(0), (1, 0)).to(torch.int32)
+        # A weight without a single kept value still needs something to look up.
+        return values.flatten() if values.numel() else values.new_zeros(1), metadata, offsets
+
+    def _dense(self, weight: Weight) -> tuple[str, torch.dtype]:
+        """Name and stored dtype of a dense weight, stored once however many layers share it."""
+        name = f"{weight.owner}.weight"
+        if weight.kind == "sparse":
+            key = self._weight_key(weight.owner)
+            entry = self.checkpoint.weights[key]
+            if name not in self._stored:
+                fmt = get_format(entry.pattern)
+                self._store(name, fmt.decompress(*self.checkpoint.load_weight(key), entry.m, entry.n))
+            return name, entry.dtype
+        narrow = self._narrow(name, weight.dense)
+        if name not in self._stored:
+            self._store(name, narrow)
+        return name, narrow.dtype
+
+    def _weight_key(self, module: str) -> str:
+        key = checkpoint_key(module, self.checkpoint.weights, self.prefix)
+        if key is None:
+            raise UserError(f"module {module} is compressed, but the checkpoint has no compressed weight of that name")
+        return key
+
+    def _narrow(self, name: str, tensor: Tensor) -> Tensor:
+        """``tensor`` (loaded as float32) in the dtype it is stored in, where that loses nothing."""
+        key = checkpoint_key(name, self.checkpoint.tensors, self.prefix)
+        dtype = self.checkpoint.tensors[key].dtype if key else None
+        if dtype not in (torch.bfloat16, torch.float16):
+            return tensor
+        narrow = tensor.to(dtype)
+        return narrow if torch.equal(narrow.float(), tensor) else tensor
+
+    def _move_initializers(self) -> None:
+        """Large initializers of the traced graph join the data file, the others (norms, constants) stay in it."""
+        graph = self.proto.graph
+        for initializer in list(graph.initializer):
+            if initializer.data_type != TensorProto.FLOAT or len(initializer.raw_data) < PAGE:
+                continue
+            tensor = torch.frombuffer(bytearray(initializer.raw_data), dtype=torch.float32)
+            tensor = tensor.view(tuple(initializer.dims))
+            name = initializer.name
+            graph.initializer.remove(initializer)
+            narrow = self._narrow(name, tensor) if tensor.numel() >= _LARGE else tensor
+            if narrow.dtype == torch.float32:
+                self._store(name, tensor)
+            else:
+                self._store(f"{name}.stored", narrow)
+                self._casts.append(_to_float(f"{name}.stored", name))
+
+    def _store(self, name: str, tensor: Tensor) -> None:
+        """An initializer in the data file at the next page; less than a page stays in the graph."""
+        raw = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        proto = TensorProto(name=name, data_type=_TYPES[tensor.dtype], dims=tensor.shape)
+        if len(raw) < PAGE:
+            proto.raw_data = raw.tobytes()
+        else:
+            self._data.write(bytes(-self._data.tell() % PAGE))
+            place = {"location": DATA_NAME, "offset": self._data.tell(), "length": len(raw)}
+            proto.data_location = TensorProto.EXTERNAL
+            for key, value in place.items():
+                proto.external_data.add(key=key, value=str(value))
+            self._data.write(raw)
+        self.proto.graph.initializer.append(proto)
+        self._stored.add(name)
+
+
+def _to_float(source: str, target: str) -> onnx.NodeProto:
+    return helper.make_node("Cast", [source], [target], name=f"{target}.cast", to=TensorProto.FLOAT)

@@ -1,0 +1,144 @@
+"""``sparse-rt export --to onnx``: options, the choice of the function body, files and their README."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.config import Options, parse_size
+from sparse_rt.errors import UserError
+from sparse_rt.exporters.base import Exporter, register_exporter
+from sparse_rt.exporters.folder import copy_side_files, write_dense_config
+from sparse_rt.optional import require
+from sparse_rt.version import __version__
+
+# ONNX Runtime 1.31 keeps every intermediate of constant folding (int32 offset and position, float32 values picked,
+# spread, reshaped and transposed) until the pass ends. Measured: 31 bytes a weight, summed over the whole model.
+FOLD_BYTES_PER_WEIGHT = 32
+# It does not fold a node whose output exceeds 1 GiB: 4-byte intermediates of 2^28 weights.
+MAX_FOLDED_WEIGHTS = 1 << 28
+MAX_VALUES = 1 << 31
+
+
+class OnnxOptions(Options):
+    form: Literal["function", "inline", "dense"] = Field(
+        "function",
+        description="function: operators of domain sparse_rt with a body; inline: standard operators only (OpenVINO); "
+        "dense: ordinary MatMul on decompressed weights (TensorRT, baselines)",
+    )
+    body: Literal["auto", "folding", "streaming"] = Field(
+        "auto", description="folding: dense speed and memory after load; streaming: compressed in memory, slow calls"
+    )
+    fold_budget: str = Field("4GB", description="largest memory peak of folding at load that auto accepts")
+    opset: int = Field(23, ge=18, le=23, description="ONNX operator set")
+
+
+@register_exporter
+class OnnxExporter(Exporter):
+    name = "onnx"
+
+    def export(self, source: Path, output: Path, **options: Any) -> dict[str, Any]:
+        """``OnnxOptions``; ``UserError`` for a weight that the chosen body cannot carry or an unsupported model."""
+        chosen = OnnxOptions.build(**options)
+        for module in ("onnx", "onnxscript"):
+            require(module, extra="onnx")
+        checkpoint = Checkpoint.open(source)
+        body = choose_body(checkpoint, chosen)
+        import onnx
+
+        from sparse_rt.exporters.onnx.assemble import MODEL_NAME, Assembler
+        from sparse_rt.exporters.onnx.readme import write_readme
+        from sparse_rt.exporters.onnx.trace import take_weights, trace
+
+        model = _load(source)
+        weights = take_weights(model)
+        _check_coverage(checkpoint, weights)
+        proto = trace(model, chosen.opset)
+        form = "dense" if chosen.form == "dense" else "function"
+        assembler = Assembler(output, proto, checkpoint, model.base_model_prefix, form)
+        proto = assembler.build(weights)
+        facts = {"form": chosen.form, "body": body, "opset": chosen.opset}
+        proto = _finish(proto, checkpoint, facts)
+        (output / MODEL_NAME).write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(str(output / MODEL_NAME))
+        write_dense_config(source, output)
+        copy_side_files(source, output)
+        write_readme(output, checkpoint, facts, FOLD_BYTES_PER_WEIGHT)
+        return {**facts, "sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
+
+    def check(self, source: Path, output: Path) -> dict[str, Any]:
+        from sparse_rt.exporters.onnx.check import check
+
+        return check(source, output)
+
+
+def choose_body(checkpoint: Checkpoint, options: OnnxOptions) -> str | None:
+    """The function body for ``checkpoint``, None for the dense form.
+
+    Raises ``UserError`` for a weight with 2^31 values or more, and for "folding" with one of 2^28 weights or more.
+    """
+    if options.form == "dense":
+        return None
+    for name, entry in checkpoint.weights.items():
+        if entry.nnz >= MAX_VALUES:
+            raise UserError(
+                f"{name} keeps {entry.nnz} values, the ONNX operator allows {MAX_VALUES - 1}; use form=dense"
+            )
+    largest = max(checkpoint.weights, key=lambda name: checkpoint.weights[name].m * checkpoint.weights[name].n)
+    size = checkpoint.weights[largest].m * checkpoint.weights[largest].n
+    if options.body == "folding" and size >= MAX_FOLDED_WEIGHTS:
+        raise UserError(
+            f"{largest} has {size} weights, ONNX Runtime folds at most {MAX_FOLDED_WEIGHTS - 1} in one node; "
+            "use body=streaming or form=dense"
+        )
+    if options.body != "auto":
+        return options.body
+    total = sum(entry.m * entry.n for entry in checkpoint.weights.values())
+    fits = total * FOLD_BYTES_PER_WEIGHT <= parse_size(options.fold_budget) and size < MAX_FOLDED_WEIGHTS
+    return "folding" if fits else "streaming"
+
+
+def _load(source: Path):
+    import torch
+
+    from sparse_rt.hf.load import load
+
+    # float32: buffers such as rotary frequencies are computed in the dtype of the model.
+    return load(source, dtype=torch.float32)
+
+
+def _check_coverage(checkpoint: Checkpoint, weights: dict) -> None:
+    found = sum(weight.kind == "sparse" for weight in weights.values())
+    if found != len(checkpoint.weights):
+        raise UserError(
+            f"the checkpoint has {len(checkpoint.weights)} compressed weights, the model loads {found} of them as "
+            "linear layers; this architecture cannot be exported to ONNX"
+        )
+
+
+def _finish(proto: Any, checkpoint: Checkpoint, facts: dict[str, Any]) -> Any:
+    """Add or inline the functions, name the producer, and write what was chosen into the model's metadata."""
+    from onnx import inliner
+
+    from sparse_rt.exporters.onnx import functions
+
+    if facts["body"] is not None:
+        whole_bytes = all(entry.n % 8 == 0 for entry in checkpoint.weights.values())
+        for operator in sorted({functions.operator_of(entry.pattern) for entry in checkpoint.weights.values()}):
+            proto.functions.append(functions.function(operator, facts["body"], facts["opset"], whole_bytes))
+    if facts["form"] == "inline":
+        proto = inliner.inline_local_functions(proto)
+    if facts["form"] != "function":
+        kept = [entry for entry in proto.opset_import if entry.domain != functions.DOMAIN]
+        del proto.opset_import[:]
+        proto.opset_import.extend(kept)
+    proto.producer_name, proto.producer_version = "sparse-rt", __version__
+    patterns = sorted({entry.pattern for entry in checkpoint.weights.values()})
+    notes = {"version": functions.VERSION, "format": "+".join(patterns), **facts}
+    for key, value in notes.items():
+        if value is not None:
+            proto.metadata_props.add(key=f"{functions.DOMAIN}.{key}", value=str(value))
+    return proto

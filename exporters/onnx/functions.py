@@ -1,0 +1,201 @@
+"""The two ONNX operators of domain ``sparse_rt`` as model-local functions made of standard operators.
+
+    BitmaskLinear (x [..., K], values [nnz], mask [N, ceil(K/8)] uint8, row_offsets [N+1] int32) -> y [..., N]
+    Sparse24Linear(x [..., K], values [N, K/2], meta [N, ceil(K/8)] uint8)                       -> y [..., N]
+
+Attribute ``in_features`` is K; y has the dtype of x, sums are float32. A runtime that has a kernel of that name uses
+it, every other one runs the body. Both bodies look a metadata byte up in small tables: which of its eight columns are
+kept, and at which value, counted from the first value of the byte. Columns that are not kept point one value *before*
+that: never out of range (index -1 is the last value), so no clamp and no padding is needed.
+
+``folding``    everything depends on constants only, so ONNX Runtime decompresses once at load and runs a dense MatMul.
+``streaming``  a Scan decompresses and multiplies 64 rows at a time; ONNX Runtime never folds a Scan, so the weights
+               stay compressed in memory and every call pays for the decompression.
+
+``NonZero`` and ``ScatterND`` would be shorter, but their output shape depends on the data: ONNX Runtime refuses to
+fold those.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx.parser
+
+DOMAIN = "sparse_rt"
+VERSION = 1
+BODIES = ("folding", "streaming")
+# Rows of one Scan step. From 8 to 512 rows a 4096 x 4096 weight takes the same time within 10%; 64 keep the
+# intermediates of a step at about 8 MB.
+BLOCK_ROWS = 64
+
+_INPUTS = {"BitmaskLinear": "x, values, mask, row_offsets", "Sparse24Linear": "x, values, meta"}
+
+_COMMON = """
+  zero = Constant <value_int = 0> ()
+  one = Constant <value_int = 1> ()
+  axis0 = Constant <value_ints = [0]> ()
+  axis1 = Constant <value_ints = [1]> ()
+  last = Constant <value_ints = [-1]> ()
+  byte_values = Constant <value_int = 256> ()
+  byte_range = Range (zero, byte_values, one)
+  byte_u8 = Cast <to = 2> (byte_range)
+  byte = Unsqueeze (byte_u8, axis1)
+  nowhere = Constant <value = int32[1] {-1}> ()
+  in_features = Constant <value_int: int = @in_features> ()
+  columns = Unsqueeze (in_features, axis0)
+  rows = Shape <start = 0, end = 1> (METADATA)
+  x_f32 = Cast <to = 1> (x)
+"""
+
+# kept [256, 8] bool, slot [256, 8] int32 (place of a kept column among the values of its byte), count [256] int32,
+# row_start [N, 1] int32 (first value of a row), flat (the values in one dimension).
+_TABLES = {
+    "BitmaskLinear": """
+  lane = Constant <value = uint8[8] {0, 1, 2, 3, 4, 5, 6, 7}> ()
+  u1 = Constant <value = uint8[1] {1}> ()
+  shifted = BitShift <direction = "RIGHT"> (byte, lane)
+  bit = BitwiseAnd (shifted, u1)
+  kept = Cast <to = 9> (bit)
+  bit_i32 = Cast <to = 6> (bit)
+  count = ReduceSum <keepdims = 0> (bit_i32, axis1)
+  place = CumSum <exclusive = 1> (bit_i32, one)
+  slot = Where (kept, place, nowhere)
+  row_begins = Slice (row_offsets, axis0, last)
+  row_start = Unsqueeze (row_begins, axis1)
+  flat = Identity (values)
+""",
+    "Sparse24Linear": """
+  low = Constant <value = uint8[8] {0, 0, 0, 0, 4, 4, 4, 4}> ()
+  column = Constant <value = uint8[8] {0, 1, 2, 3, 0, 1, 2, 3}> ()
+  pair = Constant <value = int32[8] {0, 0, 0, 0, 2, 2, 2, 2}> ()
+  u2 = Constant <value = uint8[1] {2}> ()
+  u3 = Constant <value = uint8[1] {3}> ()
+  nibble = BitShift <direction = "RIGHT"> (byte, low)
+  first = BitwiseAnd (nibble, u3)
+  upper = BitShift <direction = "RIGHT"> (nibble, u2)
+  second = BitwiseAnd (upper, u3)
+  ordered = Less (first, second)
+  is_first = Equal (first, column)
+  is_second = Equal (second, column)
+  either = Or (is_first, is_second)
+  kept = And (ordered, either)
+  step = Cast <to = 6> (is_second)
+  place = Add (pair, step)
+  slot = Where (kept, place, nowhere)
+  table_shape = Constant <value_ints = [256]> ()
+  count = ConstantOfShape <value = int32[1] {4}> (table_shape)
+  row_count = Squeeze (rows, axis0)
+  row = Range (zero, row_count, one)
+  per_row = Shape <start = 1, end = 2> (values)
+  row_begins = Mul (row, per_row)
+  row_begins_i32 = Cast <to = 6> (row_begins)
+  row_start = Unsqueeze (row_begins_i32, axis1)
+  flat = Reshape (values, last)
+""",
+}
+
+# Metadata bytes META [r, b] and first values START [r, 1] of some rows -> weight_t [K, r] float32.
+_DECOMPRESS = """
+  index = Cast <to = 6> (META)
+  byte_counts = Gather (count, index)
+  before = CumSum <exclusive = 1> (byte_counts, one)
+  byte_start = Add (before, START)
+  byte_start_3d = Unsqueeze (byte_start, last)
+  offset = Gather (slot, index)
+  position = Add (byte_start_3d, offset)
+  PICK
+  is_kept = Gather (kept, index)
+  nothing = Constant <value_float = 0.0> ()
+  spread = Where (is_kept, picked, nothing)
+  two_dimensions = Constant <value_ints = [0, -1]> ()
+  RESHAPE
+  weight_t = Transpose <perm = [1, 0]> (weight)
+"""
+
+_FOLDING = """
+  flat_f32 = Cast <to = 1> (flat)
+  DECOMPRESS
+  y_f32 = MatMul (x_f32, weight_t)
+  y = CastLike (y_f32, x)
+"""
+
+# The last block starts early when N is no multiple of the block, and its first columns are then cut off again: all
+# blocks have one shape, as Scan wants, and the big inputs are only sliced, never reshaped (which would be folded into
+# a second copy in memory). The Cast of the values stands behind the Gather for the same reason.
+_STREAMING = """
+  block_limit = Constant <value_ints = [BLOCK]> ()
+  block = Min (rows, block_limit)
+  block_less_one = Sub (block, axis1)
+  rows_up = Add (rows, block_less_one)
+  blocks = Div (rows_up, block)
+  block_count = Squeeze (blocks, axis0)
+  block_number = Range (zero, block_count, one)
+  block_begin = Mul (block_number, block)
+  last_begin = Sub (rows, block)
+  begins = Min (block_begin, last_begin)
+  tokens_shape = Concat <axis = 0> (last, columns)
+  x_2d = Reshape (x_f32, tokens_shape)
+  y_blocks = Scan <num_scan_inputs = 1, body = block_of_rows (int64 begin) => (float[?, ?] y_rows) {
+    begin_1d = Unsqueeze (begin, axis0)
+    end_1d = Add (begin_1d, block)
+    meta_rows = Slice (METADATA, begin_1d, end_1d, axis0)
+    start_rows = Slice (row_start, begin_1d, end_1d, axis0)
+    DECOMPRESS
+    y_rows = MatMul (x_2d, weight_t)
+  }> (begins)
+  by_token = Transpose <perm = [1, 0, 2]> (y_blocks)
+  two_d = Constant <value_ints = [0, -1]> ()
+  y_overlapping = Reshape (by_token, two_d)
+  full_blocks = Sub (blocks, axis1)
+  full_columns = Mul (full_blocks, block)
+  y_full = Slice (y_overlapping, axis0, full_columns, axis1)
+  rest = Sub (rows, full_columns)
+  rest_begin = Neg (rest)
+  end = Constant <value_ints = [9223372036854775807]> ()
+  y_rest = Slice (y_overlapping, rest_begin, end, axis1)
+  y_2d = Concat <axis = 1> (y_full, y_rest)
+  lead = Shape <start = 0, end = -1> (x)
+  y_shape = Concat <axis = 0> (lead, rows)
+  y_f32 = Reshape (y_2d, y_shape)
+  y = CastLike (y_f32, x)
+"""
+
+_DOC = {
+    "BitmaskLinear": "y = x W^T; W [N, in_features] keeps the weights whose bit is set in mask (bit j of byte b is "
+    "column 8b+j); values holds them row by row, row_offsets the first of each row",
+    "Sparse24Linear": "y = x W^T; W [N, in_features] keeps two of every four columns; a nibble of meta (low one first) "
+    "holds the first kept column in bits 0-1 and the second in bits 2-3",
+}
+
+
+def operator_of(pattern: str) -> str:
+    """The operator that reads weights of ``pattern``; every pattern with a bitmask shares one."""
+    return "Sparse24Linear" if pattern == "2:4" else "BitmaskLinear"
+
+
+def function(operator: str, body: str, opset: int, whole_bytes: bool) -> onnx.FunctionProto:
+    """The function ``operator`` for a model of ``opset`` (the checker wants the same opset in both).
+
+    ``whole_bytes`` promises that every in_features is a multiple of 8: nothing is cut off then, which spares four bytes
+    a weight while folding.
+    """
+    template = {"folding": _FOLDING, "streaming": _STREAMING}[body]
+    if body == "folding":
+        decompress = _decompress("METADATA", "row_start", "picked = Gather (flat_f32, position)")
+    else:
+        pick = "stored = Gather (flat, position)\n  picked = Cast <to = 1> (stored)"
+        decompress = _decompress("meta_rows", "start_rows", pick)
+    reshape = "weight = Reshape (spread, two_dimensions)"
+    if not whole_bytes:
+        reshape = reshape.replace("weight", "padded") + "\n  weight = Slice (padded, axis0, columns, axis1)"
+    metadata = _INPUTS[operator].split(", ")[2]
+    lines = _COMMON + _TABLES[operator] + template.replace("DECOMPRESS", decompress)
+    lines = lines.replace("METADATA", metadata).replace("BLOCK", str(BLOCK_ROWS)).replace("RESHAPE", reshape)
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{operator} <in_features> ({_INPUTS[operator]}) => (y)'
+    proto = onnx.parser.parse_function(f"{head} {{{lines}}}")
+    proto.doc_string = f"{_DOC[operator]}. Body: {body}."
+    return proto
+
+
+def _decompress(metadata: str, start: str, pick: str) -> str:
+    return _DECOMPRESS.replace("META", metadata).replace("START", start).replace("PICK", pick)

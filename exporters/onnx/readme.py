@@ -1,0 +1,119 @@
+"""The README of an exported ONNX folder: how to run it, what is inside, what to expect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.exporters.onnx.assemble import DATA_NAME, MODEL_NAME
+
+_SNIPPET = """```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "."
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+outputs = [output.name for output in session.get_outputs()]
+past = {
+    entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+    for entry in session.get_inputs()
+    if entry.name.startswith("past_key_values.")
+}
+ids, tokens, length = np.array([tokenizer("def main():")["input_ids"]]), [], 0
+for _ in range(20):
+    length += ids.shape[1]
+    feed = {"input_ids": ids, "attention_mask": np.ones((1, length), np.int64), **past}
+POSITIONS    results = dict(zip(outputs, session.run(outputs, feed)))
+    past = {name.replace("present.", "past_key_values."): results[name] for name in outputs[1:]}
+    ids = results["logits"][:, -1:].argmax(-1)
+    tokens.append(int(ids[0, 0]))
+print(tokenizer.decode(tokens))
+```"""
+_POSITIONS = '    feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]\n'
+
+_FORMS = {
+    "function": """\
+The compressed layers are operators of domain `sparse_rt` (`BitmaskLinear`, `Sparse24Linear`). Each is defined in the
+file itself, as a model-local function of standard operators, so any ONNX Runtime with opset {opset} runs it without an
+extra library. A runtime that has a kernel of that name uses the kernel instead of the function.
+""",
+    "inline": """\
+The decompression is written out in standard operators, for runtimes without model-local functions (OpenVINO).
+""",
+    "dense": """\
+Every layer is an ordinary MatMul and the weights are stored dense, zeros included: the file is as large as the dense
+model. TensorRT can use 2:4 weights in this form (`--sparsity=enable`); whether it does, its build log says.
+""",
+}
+
+_BODIES = {
+    "folding": """\
+The body is *folding*: without a kernel for the operators, ONNX Runtime decompresses the weights once, while it opens
+the session, and then runs dense float32 MatMuls: expect the speed and, in the end, the memory of a dense model. What
+stays small is the file. Opening takes up to {fold} bytes a weight until folding ends, about {peak} here, and glibc
+keeps what was freed until `ctypes.CDLL("libc.so.6").malloc_trim(0)`. If that is too much, export with
+`body=streaming` (small in memory, slow) or `form=dense` (opens quickly).
+""",
+    "streaming": """\
+The body is *streaming*: without a kernel for the operators, ONNX Runtime decompresses 64 rows at a time in every call.
+The weights stay compressed in memory, and every call pays for it: a token takes tens of times as long as with a dense
+model. Folding them once while opening (`body=folding`) would take up to {fold} bytes a weight, about {peak} here; for
+speed without a kernel export with `form=dense`.
+""",
+}
+
+
+def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fold_bytes: int) -> None:
+    """Write README.md for the export described by ``facts`` (form, body, opset); ``fold_bytes`` is for one weight."""
+    weights = checkpoint.weights.values()
+    total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
+    patterns = ", ".join(sorted({entry.pattern for entry in weights}))
+    with_positions = _takes_positions(folder)
+    body = ""
+    if facts["body"]:
+        body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes, peak=_size(total * fold_bytes))
+    sizes = "\n".join(f"| `{name}` | {_size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
+    text = f"""# ONNX export of a sparse model
+
+{len(weights)} linear weights ({patterns}); {1 - kept / total:.1%} of their {total:,} entries are not stored. Made by
+sparse-rt from `{checkpoint.folder.name}`.
+
+| file | size |
+|---|---|
+{sizes}
+
+## Run
+
+`pip install onnxruntime transformers`, then, in this folder:
+
+{_SNIPPET.replace("POSITIONS", _POSITIONS if with_positions else "")}
+
+Inputs: `input_ids`, `attention_mask`{", `position_ids`" if with_positions else ""}, `past_key_values.N.key/value`;
+outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
+Activations are float32.
+
+## What is inside
+
+{_FORMS[facts["form"]].format(opset=facts["opset"])}{body}
+Weights have the bits and the dtype of the checkpoint. `metadata_props` of the model (`sparse_rt.*`) hold form, body and
+pattern; a compressed layer is a node named after its module, with its pattern and sparsity.
+"""
+    (folder / "README.md").write_text(text)
+
+
+def _takes_positions(folder: Path) -> bool:
+    import onnx
+
+    proto = onnx.load(str(folder / MODEL_NAME), load_external_data=False)
+    return any(entry.name == "position_ids" for entry in proto.graph.input)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

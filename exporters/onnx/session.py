@@ -1,0 +1,110 @@
+"""A small generate loop over plain ONNX Runtime: for checks, benchmarks and demos, and as an example to copy."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from sparse_rt.errors import UserError
+from sparse_rt.optional import require
+
+
+@dataclass
+class Timings:
+    """Seconds of the last ``generate``: the prompt, and every single-token step after it."""
+
+    load: float = 0.0
+    prefill: float = 0.0
+    decode: list[float] = field(default_factory=list)
+
+
+class OnnxModel:
+    """An exported folder in an ``onnxruntime.InferenceSession`` on the CPU.
+
+    ``threads`` is ONNX Runtime's intra-op pool, None its own choice. Raises ``UserError`` when the folder holds no
+    model or onnxruntime is not installed.
+    """
+
+    def __init__(self, folder: str | Path, threads: int | None = None):
+        self.ort = require("onnxruntime", extra="onnx")
+        path = Path(folder) / "model.onnx"
+        if not path.is_file():
+            raise UserError(f"{folder} holds no model.onnx; make one with `sparse-rt export MODEL --to onnx`")
+        options = self.ort.SessionOptions()
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        begin = time.perf_counter()
+        self.session = self.ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.timings = Timings(load=time.perf_counter() - begin)
+        _give_back_memory()
+        self._inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
+        self._outputs = [entry.name for entry in self.session.get_outputs()]
+
+    def empty_past(self, batch: int) -> dict:
+        """Past keys and values of length 0, each [batch, kv heads, 0, head dim] float32."""
+        value = self.ort.OrtValue.ortvalue_from_numpy
+        return {
+            name: value(np.zeros((batch, shape[1], 0, shape[3]), np.float32))
+            for name, shape in self._inputs.items()
+            if name.startswith("past_key_values.")
+        }
+
+    def step(self, ids: np.ndarray, mask: np.ndarray, past: dict | None = None) -> tuple[np.ndarray, dict]:
+        """One run: ids [B, S], mask [B, past + S] (0 = padding) -> logits [B, S, vocabulary] float32, new past."""
+        ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
+        value = self.ort.OrtValue.ortvalue_from_numpy
+        feed = {"input_ids": value(ids), "attention_mask": value(mask)}
+        if "position_ids" in self._inputs:
+            positions = np.maximum(mask.cumsum(-1) - 1, 0)[:, -ids.shape[1] :]
+            feed["position_ids"] = value(np.ascontiguousarray(positions))
+        # Keys and values stay inside ONNX Runtime between the steps: no copy through numpy.
+        results = self.session.run_with_ort_values(self._outputs, feed | (past or self.empty_past(ids.shape[0])))
+        new = {
+            name.replace("present.", "past_key_values.", 1): result
+            for name, result in zip(self._outputs[1:], results[1:], strict=True)
+        }
+        return results[0].numpy(), new
+
+    def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
+        """Logits [B, S, vocabulary] of whole sequences ids [B, S]; ``mask`` [B, S] has 0 at (left) padding."""
+        ids = np.atleast_2d(ids)
+        return self.step(ids, np.ones_like(ids) if mask is None else mask)[0]
+
+    def generate(self, ids: Sequence[int] | np.ndarray, max_new_tokens: int, eos: int | None = None) -> np.ndarray:
+        """Greedy continuation of one prompt [S] or a batch of equal length [B, S]: new tokens [B, <= max_new_tokens].
+
+        Stops early when every sequence has produced ``eos``. ``timings`` then holds the seconds of every step.
+        """
+        ids = np.atleast_2d(np.asarray(ids, np.int64))
+        mask = np.ones_like(ids)
+        self.timings = Timings(load=self.timings.load)
+        past, tokens = None, []
+        finished = np.zeros(ids.shape[0], bool)
+        for index in range(max_new_tokens):
+            begin = time.perf_counter()
+            logits, past = self.step(ids, mask, past)
+            ids = logits[:, -1].argmax(-1)[:, None]
+            seconds = time.perf_counter() - begin
+            if index:
+                self.timings.decode.append(seconds)
+            else:
+                self.timings.prefill = seconds
+            tokens.append(ids)
+            mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
+            finished |= ids[:, 0] == (-1 if eos is None else eos)
+            if finished.all():
+                break
+        return np.concatenate(tokens, axis=1) if tokens else np.zeros((ids.shape[0], 0), np.int64)
+
+
+def _give_back_memory() -> None:
+    """Return what constant folding freed to the system; measured on 51M weights: 1391 MB resident -> 270 MB."""
+    with contextlib.suppress(AttributeError, OSError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
