@@ -31,11 +31,12 @@ def workflow_command(
     arguments: tuple[str, ...] = ("model",),
     build: Build | None = None,
     extra: tuple[click.Parameter, ...] = (),
+    hidden: tuple[str, ...] = (),
 ) -> click.Command:
     """A click command that fills ``options_class``, calls the workflow ``target`` ("module:function") and reports.
 
     ``build`` replaces the plain construction of the options and receives what click did not recognise; with it,
-    unknown options are collected instead of refused.
+    unknown options are collected instead of refused. Fields in ``hidden`` get no flag, ``extra`` flags are added.
     """
 
     def run(json_target: str | None, quiet: bool, debug: bool, **given: Any) -> None:
@@ -56,7 +57,7 @@ def workflow_command(
             raise
         _report(result, json_target, quiet, show)
 
-    parameters = [*_parameters(options_class, arguments), *extra, *COMMON]
+    parameters = [*_parameters(options_class, arguments, hidden), *extra, *COMMON]
     settings = {"ignore_unknown_options": True, "allow_extra_args": True} if build else {}
     return click.Command(None, params=parameters, callback=run, help=help, context_settings=settings)
 
@@ -67,10 +68,12 @@ def _report(result: dict[str, Any], json_target: str | None, quiet: bool, show: 
         show(result)
 
 
-def _parameters(options_class: type[Options], arguments: tuple[str, ...]) -> list[click.Parameter]:
+def _parameters(
+    options_class: type[Options], arguments: tuple[str, ...], hidden: tuple[str, ...]
+) -> list[click.Parameter]:
     parameters: list[click.Parameter] = [click.Argument([name], metavar=name.upper()) for name in arguments]
     for name, field in options_class.model_fields.items():
-        if name not in arguments:
+        if name not in (*arguments, *hidden):
             parameters.append(_option(name, field))
     return parameters
 

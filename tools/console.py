@@ -87,10 +87,11 @@ def show(*parts: Any) -> None:
         console.print(part, markup=False) if isinstance(part, str) else console.print(part)
 
 
-def size(count: float) -> str:
-    """Bytes for people, in decimal units: 1.2 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
+def facts(title: str, result: dict[str, Any], skip: tuple[str, ...] = ()):
+    """The plain figures of a result as a two-column table; lists and nested objects are for ``--json``."""
+    rows = []
+    for name, value in result.items():
+        if name in skip or isinstance(value, (dict, list)) or value is None:
+            continue
+        rows.append((name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else value))
+    return table(title, ["", ""], rows)

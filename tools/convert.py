@@ -3,12 +3,43 @@
 from typing import Any
 
 from sparse_rt.config import ConvertOptions
+from sparse_rt.report import duration, size
 from sparse_rt.tools.command import workflow_command
-from sparse_rt.tools.console import show
+from sparse_rt.tools.console import show, table
 
 
 def report(result: dict[str, Any]) -> None:
-    show(str(result))
+    planned = result.get("dry_run")
+    if planned:
+        rows = [
+            (
+                module["name"],
+                "x".join(map(str, module["shape"])),
+                module["pattern"] or f"dense: {module['reason']}",
+                size(module["dense_bytes"]),
+                size(module["compressed_bytes"]),
+            )
+            for module in result["modules"]
+        ]
+        show(table("plan (nothing is written)", ["weight", "shape", "pattern", "dense>", "compressed>"], rows))
+        show(f"estimated peak memory: {size(result['estimated_peak_memory_bytes']['total'])}")
+    reasons: dict[str, list[str]] = {}
+    for entry in result["skipped"]:
+        reasons.setdefault(entry["reason"], []).append(entry["name"])
+    for reason, names in reasons.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        show(f"left dense ({reason}): {', '.join(names[:3])}{more}")
+    show(
+        f"{'would compress' if planned else 'compressed'} {result['coverage_percent']:.1f} % of the linear weights: "
+        f"{size(result['dense_bytes'])} -> {size(result['compressed_bytes'])} ({result['ratio']:.3f} of dense)"
+    )
+    if not planned:
+        error = result.get("mean_reconstruction_error")
+        detail = f", mean reconstruction error {error:.4f}" if error is not None else ""
+        show(f"mean sparsity {result['mean_sparsity']:.4f}{detail}, {duration(result['seconds'])}")
+        show(f"saved in {result['output_dir']}")
+    for note in result["notes"]:
+        show(f"note: {note}")
 
 
 command = workflow_command(

@@ -1,0 +1,24 @@
+"""``sparse-rt verify``"""
+
+from typing import Any
+
+from sparse_rt.config import VerifyOptions
+from sparse_rt.tools.command import workflow_command
+from sparse_rt.tools.console import facts, show
+
+
+def report(result: dict[str, Any]) -> None:
+    for note in result["notes"]:
+        show(f"note: {note}")
+    if result.get("against"):
+        show(facts(f"against {result['against']['model']}", result["against"], skip=("model",)))
+    if result["ok"]:
+        show(f"ok: {result['files']} files, {result['tensors']} tensors, {result['weights']} compressed weights")
+
+
+command = workflow_command(
+    VerifyOptions,
+    "sparse_rt.workflows.verify:verify",
+    report,
+    "Check MODEL: sizes, digests, popcount of masks against values, legality of patterns, config against tensors.",
+)
