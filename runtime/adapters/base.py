@@ -63,6 +63,10 @@ class AdapterConfig(PeftConfig):
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout must be from 0 up to (not including) 1, got {self.dropout!r}")
 
+    def to_dict(self) -> dict:
+        """As PEFT saves it, with sets as sorted lists: the same adapter gives the same file."""
+        return {k: sorted(v) if isinstance(v, set) else v for k, v in super().to_dict().items()}
+
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """The adapters of one ``SparseLinear``; parameters live in one ``ParameterDict`` each, keyed by adapter name."""
@@ -201,10 +205,10 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
             )
         targets = peft_config.target_modules
         if targets is None:
-            peft_config.target_modules = set(names)
+            peft_config.target_modules = _short_names(names, model)
         elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             head = _output_embedding_name(model)
-            peft_config.target_modules = {name for name in names if name != head}
+            peft_config.target_modules = _short_names([name for name in names if name != head], model)
         for name, module in model.named_modules():
             if ".base_layer" in name or not self._check_target_module_exists(peft_config, name):
                 continue
@@ -240,6 +244,13 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
         if adapter_name not in self.active_adapters:  # an additional adapter is not trained until it is activated
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+def _short_names(names: list[str], model: nn.Module) -> set[str]:
+    """The last parts of ``names`` where they mean the same modules: q_proj instead of one name a layer."""
+    short = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return short if meant == set(names) else set(names)
 
 
 def _output_embedding_name(model: nn.Module) -> str | None:

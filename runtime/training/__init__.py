@@ -1,1 +1,1 @@
-
+"""Training adapters with transformers' Trainer. Importing this package needs PEFT and accelerate."""

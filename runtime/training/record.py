@@ -1,0 +1,85 @@
+"""What a finished adapter folder says about itself: model card, run file, loss curve."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.optional import available
+from sparse_rt.report import duration, size
+
+_CARD = """# {title}
+
+An adapter for the sparse model `{base}`, trained on its compressed weights with sparse-rt.
+It changes kept weights only: merging leaves the mask as it is.
+
+| | |
+|---|---|
+{facts}
+
+## Use
+
+```python
+import sparse_rt  # makes the adapter known to PEFT
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/{title}", dtype="auto")
+```
+
+```
+sparse-rt merge {base} path/to/{title} -o {title}-merged
+```
+
+folds it into the compressed values and proves mask and logits first. `run.yaml` repeats the training,
+`trainer_state.json` holds its log.
+"""
+
+
+def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> None:
+    """README.md with the metadata block that PEFT adapters carry on the hub."""
+    from huggingface_hub import ModelCardData
+
+    tags = ["sparse-rt", "sparsity", result["adapter"]]
+    hub_id = None if Path(base).is_dir() else base  # a folder of this machine means nothing to another reader
+    name = hub_id or Path(base).name
+    data = ModelCardData(base_model=hub_id, library_name="peft", tags=tags, pipeline_tag="text-generation")
+    facts = {
+        "adapter": result["adapter"],
+        "trainable parameters": f"{result['trainable_parameters']:,}",
+        "data": result["dataset"],
+        "steps": f"{result['steps']:,} ({result['rows']:,} rows)",
+        "loss": f"{result['first_loss']:.4f} at the first log entry, {result['last_loss']:.4f} over the last tenth",
+        "training time": f"{duration(result['seconds'])} on {result['device']}",
+        "tokens a second": f"{result['tokens_per_second']:.0f}",
+        "peak memory": size(result["peak_memory_bytes"]),
+        "base weights (sha256)": f"`{result['base_digest']}`",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    (folder / "README.md").write_text(
+        f"---\n{data.to_yaml()}\n---\n\n{_CARD.format(title=title, base=name, facts=table)}"
+    )
+
+
+def write_run_file(folder: Path, options: dict[str, Any]) -> None:
+    """run.yaml: every option of the run with its value, as ``--config`` reads it."""
+    import yaml
+
+    (folder / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+
+
+def write_loss_curve(folder: Path, losses: list[tuple[int, float]]) -> bool:
+    """loss.png, when matplotlib is installed; says whether it was."""
+    if not available("matplotlib"):
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot(*zip(*losses, strict=True), color="#3b6ea5", linewidth=1.2)
+    axes.set_xlabel("step")
+    axes.set_ylabel("training loss (nats a token)")
+    axes.grid(alpha=0.3)
+    figure.savefig(folder / "loss.png", dpi=130)
+    return True

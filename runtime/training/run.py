@@ -1,0 +1,143 @@
+"""One training run: the adapter attached to the compressed model, transformers' Trainer, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from sparse_rt.adapters.base import AdapterConfig
+from sparse_rt.errors import SparseRTError, UserError
+from sparse_rt.progress import Progress
+from sparse_rt.training.checkpoints import MarkComplete
+
+# Label of padding: the loss of transformers leaves it out.
+IGNORED = -100
+
+
+def attach(model, config: AdapterConfig, base: str, revision: str | None, digest: str):
+    """The ``PeftModel`` of ``model``; the adapter remembers the base by name, revision and digest."""
+    adapted = get_peft_model(model, config)
+    config = adapted.peft_config["default"]
+    # PEFT notes the folder the weights were read from, which for a hub model is this machine's cache.
+    config.base_model_name_or_path, config.revision, config.base_digest = base, revision, digest
+    model.config.use_cache = False
+    return adapted
+
+
+class Collator:
+    """input_ids, labels, attention_mask of a batch, int64 [batch, length]: padded on the right to the longest row."""
+
+    def __init__(self, pad_token_id: int):
+        self.padding = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+
+    def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        return {
+            name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
+            for name, value in self.padding.items()
+        }
+
+
+class Follow(TrainerCallback):
+    """Shows the steps and stops a run whose loss is no number any more."""
+
+    def __init__(self, progress: Progress):
+        self.progress, self.steps = progress, iter(())
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        left = range(state.global_step, state.max_steps)
+        self.steps = iter(self.progress.track(left, "training", len(left)))
+        next(self.steps, None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        next(self.steps, None)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss")
+        if loss is not None and not math.isfinite(loss):
+            raise SparseRTError(
+                f"the loss is {loss} at step {state.global_step}; lower learning_rate "
+                f"(it is {args.learning_rate}) or raise warmup_steps, and start again"
+            )
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished run. ``losses`` are (step, loss) of the whole run, also before a resume; times are of this session."""
+
+    trainer: Trainer
+    losses: list[tuple[int, float]]
+    steps: int
+    tokens: int
+    seconds: float
+
+    @property
+    def first_loss(self) -> float:
+        return self.losses[0][1]
+
+    @property
+    def last_loss(self) -> float:
+        """Mean of the last tenth of the log: a single batch says little."""
+        tail = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(loss for _, loss in tail) / len(tail)
+
+
+def train(
+    model, dataset, pad_token_id: int, arguments: TrainingArguments, checkpoint: Path | None, progress
+) -> Trained:
+    """Train from the beginning, or go on from ``checkpoint``, to the end of the schedule.
+
+    Raises ``UserError`` for options the Trainer refuses, ``SparseRTError`` when the loss or the adapter stops being
+    finite; checkpoints stay where they are.
+    """
+    try:
+        trainer = Trainer(
+            model, arguments, Collator(pad_token_id), dataset, callbacks=[MarkComplete(), Follow(progress)]
+        )
+    except ValueError as error:
+        raise UserError(f"training options: {' '.join(str(error).split())}") from error
+    for callback in (PrinterCallback, ProgressCallback):  # both write to standard output
+        trainer.remove_callback(callback)
+    before = _tokens_before(checkpoint)
+    start = time.perf_counter()
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = time.perf_counter() - start
+    _refuse_broken(model)
+    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
+    if not losses:
+        losses = [(trainer.state.global_step, trainer.state.log_history[-1]["train_loss"])]
+    return Trained(trainer, losses, trainer.state.global_step, trainer.state.num_input_tokens_seen - before, seconds)
+
+
+def trainable_parameters(model) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def _tokens_before(checkpoint: Path | None) -> int:
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).num_input_tokens_seen
+
+
+def _refuse_broken(model) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
+            raise SparseRTError(f"training left NaN or Inf in {name}; lower learning_rate and start again")
+
+
+def peak_memory() -> dict[str, Any]:
+    """Largest resident size of this process so far, and of the GPU's memory when there is one."""
+    found = {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    if torch.cuda.is_available():
+        found["peak_gpu_memory_bytes"] = torch.cuda.max_memory_allocated()
+    return found

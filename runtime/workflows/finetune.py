@@ -1,0 +1,173 @@
+"""``sparse-rt finetune``: train an adapter on a compressed model; the adapter folder appears whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.checkpoint import Checkpoint, check_output, is_sparse_checkpoint, output_directory, resolve_model
+from sparse_rt.config import FinetuneOptions
+from sparse_rt.errors import UserError
+from sparse_rt.optional import require
+from sparse_rt.progress import Progress
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+
+def finetune(options: FinetuneOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Train ``options.adapter`` on ``options.model`` and write the adapter folder.
+
+    Works under ``accelerate launch`` too: every process trains, the first one writes. Raises ``UserError`` for a dense
+    model, data or options that cannot work, before training starts; an interruption leaves checkpoints for
+    ``--resume``, which ends with the same bits as an uninterrupted run.
+    """
+    progress = progress or Progress()
+    output = check_output(options.output_dir, options.overwrite)
+    folder = resolve_model(options.model, options.revision)
+    if not is_sparse_checkpoint(folder):
+        raise UserError(
+            f"{options.model} is a dense model; adapters train on compressed weights, make them first: "
+            f"sparse-rt convert {options.model} -o {Path(options.model).name}-sparse"
+        )
+    if folder.resolve() == output.resolve():
+        raise UserError(f"the output folder {output} holds the base model; choose another output folder")
+    checkpoint = Checkpoint.open(folder)
+    for package in ("peft", "accelerate", "datasets"):
+        require(package, extra="train")
+    from sparse_rt.training.checkpoints import refuse_unfinished, working_folder
+
+    work = working_folder(output)
+    refuse_unfinished(work, options.resume, options.overwrite)
+    writes = int(os.environ.get("RANK", "0")) == 0
+    with _output(output, options.overwrite, writes) as partial:
+        result = _run(options, checkpoint, work, partial, progress)
+    if writes:
+        shutil.rmtree(work)
+    return {"output_dir": str(output), **result}
+
+
+@contextlib.contextmanager
+def _output(output: Path, overwrite: bool, writes: bool) -> Iterator[Path | None]:
+    if not writes:
+        yield None
+        return
+    with output_directory(output, overwrite) as partial:
+        yield partial
+
+
+def _run(
+    options: FinetuneOptions, checkpoint: Checkpoint, work: Path, partial: Path | None, progress: Progress
+) -> dict[str, Any]:
+    from transformers import set_seed
+
+    from sparse_rt.adapters.registry import get_adapter
+    from sparse_rt.hf.load import load
+    from sparse_rt.training import checkpoints, digest, run
+    from sparse_rt.training.options import adapter_config, training_arguments
+
+    adapter = get_adapter(options.adapter)
+    config = adapter_config(adapter, options.adapter_options)
+    arguments = training_arguments(work, adapter, options.seed, options.trainer)
+    progress.stage("reading data")
+    if options.dataset is None:
+        progress.note("no dataset given: training on the Python sources that ship with sparse-rt, meant for trying out")
+    dataset, pad_token_id, length = _data(options, checkpoint, progress)
+    digests = {"base": digest.base_digest(checkpoint), "data": _rows_digest(dataset)}
+    resumed = checkpoints.prepare(work, _identity(options, length, digests), options.resume, partial is not None)
+    if resumed is not None:
+        progress.note(f"resuming from {resumed.name}")
+    elif options.resume:
+        progress.note("nothing to resume: starting from the beginning")
+    progress.stage("loading the model")
+    set_seed(options.seed)
+    model = run.attach(load(checkpoint.folder), config, _base_name(options), options.revision, digests["base"])
+    progress.stage("training")
+    trained = run.train(model, dataset, pad_token_id, arguments, resumed, progress)
+    trained.trainer.save_model(str(work / "final"))
+    result = {
+        "model": options.model,
+        "adapter": options.adapter,
+        "dataset": options.dataset or "shipped fine-tuning text",
+        "rows": len(dataset),
+        "base_digest": digests["base"],
+        "trainable_parameters": run.trainable_parameters(model),
+        "steps": trained.steps,
+        "first_loss": round(trained.first_loss, 6),
+        "last_loss": round(trained.last_loss, 6),
+        "losses": trained.losses,
+        "tokens": trained.tokens,
+        "seconds": round(trained.seconds, 3),
+        "tokens_per_second": round(trained.tokens / trained.seconds, 1),
+        **run.peak_memory(),
+        "device": str(trained.trainer.args.device),
+        "resumed_from": resumed.name if resumed else None,
+    }
+    if partial is not None:
+        _write(partial, options, adapter, length, trained, result, work)
+    return result
+
+
+def _data(options: FinetuneOptions, checkpoint: Checkpoint, progress: Progress):
+    """(dataset, id that pads, tokens of a row): rows are no longer than the model has positions."""
+    from sparse_rt.data import training_dataset
+    from sparse_rt.hf.load import load_tokenizer
+
+    try:
+        tokenizer = load_tokenizer(checkpoint.folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{options.model} has no tokenizer that loads ({reason}); copy its tokenizer files") from error
+    length = options.max_seq_len
+    positions = checkpoint.config.get("max_position_embeddings")
+    if isinstance(positions, int) and positions < length:
+        progress.note(f"sequences have {positions} tokens: the model has no more positions")
+        length = positions
+    padding = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
+    pad_token_id = next(token for token in padding if token is not None)
+    return training_dataset(options.dataset, tokenizer, length, options.seed), pad_token_id, length
+
+
+def _rows_digest(dataset) -> str:
+    """Digest of the rows whatever their order, which belongs to the seed."""
+    rows = dataset.with_format("numpy", columns=["input_ids"])
+    digests = sorted(hashlib.sha256(row["input_ids"].tobytes()).digest() for row in rows)
+    return hashlib.sha256(b"".join(digests)).hexdigest()
+
+
+def _identity(options: FinetuneOptions, length: int, digests: dict[str, str]) -> dict[str, Any]:
+    """Everything that decides the bits of the result; a resumed run must have the same."""
+    return {
+        "adapter": options.adapter,
+        **{f"adapter option {name}": value for name, value in options.adapter_options.items()},
+        **{f"training option {name}": value for name, value in options.trainer.items()},
+        "max_seq_len": length,
+        "seed": options.seed,
+        "model": digests["base"],
+        "dataset": digests["data"],
+        "number of processes": os.environ.get("WORLD_SIZE", "1"),
+    }
+
+
+def _base_name(options: FinetuneOptions) -> str:
+    path = Path(options.model)
+    return str(path.resolve()) if path.is_dir() else options.model
+
+
+def _write(partial: Path, options: FinetuneOptions, adapter, length: int, trained, result, work: Path) -> None:
+    """Fill the adapter folder; it is renamed into place after this."""
+    from sparse_rt.training import record
+    from sparse_rt.training.options import resolved
+
+    for name in ADAPTER_FILES:
+        shutil.copyfile(work / "final" / name, partial / name)
+    trained.trainer.state.save_to_json(str(partial / "trainer_state.json"))
+    told = options.model_dump(mode="json", exclude={"resume", "overwrite"})
+    told |= {"max_seq_len": length, "trainer": resolved(adapter, options.trainer)}
+    record.write_run_file(partial, told)
+    record.write_card(partial, options.output_dir.name, options.model, result)
+    record.write_loss_curve(partial, trained.losses)
