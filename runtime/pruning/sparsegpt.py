@@ -1,0 +1,101 @@
+"""SparseGPT (Frantar and Alistarh, arXiv 2301.00774): prune column by column, repair with the columns to the right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_rt.errors import SparseRTError
+from sparse_rt.formats import Format
+from sparse_rt.formats.base import check_sparsity, keep_highest, num_kept
+from sparse_rt.pruning.base import Pruner, register_pruner
+from sparse_rt.pruning.statistics import ActivationStats
+
+BLOCK = 128
+DAMPING = 0.01
+
+
+@register_pruner
+class SparseGPT(Pruner):
+    """With H = (2/N) sum X^T X + damping and U the upper Cholesky factor of H^-1, a weight costs w^2 / U_jj^2.
+
+    N:M chooses at every multiple of M; unstructured chooses over each block of 128 columns, so that the blocks
+    together keep exactly the requested number. Everything is float32.
+    """
+
+    name = "sparsegpt"
+    needs_calibration = True
+    needs_gram = True
+
+    def prune(
+        self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None
+    ) -> tuple[Tensor, Tensor]:
+        stats = self.calibrated(stats)
+        new = weight.detach().to(torch.float32, copy=True)
+        hessian = stats.gram.to(new.device) * (2 / stats.sequences)
+        dead = hessian.diagonal() == 0  # inputs that were zero all the time: their weights do nothing
+        hessian.diagonal()[dead] = 1
+        new[:, dead] = 0
+        factor = inverse_factor(hessian)
+        mask = torch.zeros(new.shape, dtype=torch.bool, device=new.device)
+        n, step = new.shape[1], _block_width(fmt)
+        for start in range(0, n, step):
+            stop = min(start + step, n)
+            keep = None if fmt.group else _keep_of_block(new.shape[0], start, stop, check_sparsity(sparsity))
+            block, errors, mask[:, start:stop] = _prune_block(
+                new[:, start:stop].clone(), factor[start:stop, start:stop], fmt, keep
+            )
+            new[:, start:stop] = block
+            new[:, stop:] -= errors @ factor[start:stop, stop:]
+        if not bool(torch.isfinite(new).all()):
+            raise SparseRTError("SparseGPT produced weights that are not finite; use --method wanda for this model")
+        return new, mask
+
+
+def inverse_factor(hessian: Tensor) -> Tensor:
+    """Upper Cholesky factor of the inverse of ``hessian`` [n, n] + 0.01 mean(diag) I; the argument is overwritten.
+
+    Few calibration tokens can leave float32 rounding below zero: the damping is then raised tenfold, twice at most.
+    """
+    diagonal = hessian.diagonal()
+    damping = DAMPING * diagonal.mean()
+    diagonal += damping
+    for _ in range(3):
+        lower, failed = torch.linalg.cholesky_ex(hessian)
+        if not failed:
+            inverse = torch.cholesky_inverse(lower)
+            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            if not failed:
+                return factor
+        diagonal += 9 * damping
+        damping = 10 * damping
+    raise SparseRTError(
+        "SparseGPT: the second moments of the inputs are not positive definite; use more calibration data "
+        "(--num-samples) or --method wanda"
+    )
+
+
+def _block_width(fmt: Format) -> int:
+    """Columns handled together: 128, or the nearest lower multiple of M (M itself when that is larger)."""
+    return BLOCK if not fmt.group else max(BLOCK // fmt.group, 1) * fmt.group
+
+
+def _keep_of_block(m: int, start: int, stop: int, sparsity: float) -> int:
+    """The share of one column block such that all blocks together keep exactly the number of the whole matrix."""
+    return num_kept(m * stop, sparsity) - num_kept(m * start, sparsity)
+
+
+def _prune_block(block: Tensor, factor: Tensor, fmt: Format, keep: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(pruned block, errors for the columns to the right, mask), [m, b] each; ``keep`` None chooses group by group."""
+    errors = torch.zeros_like(block)
+    cost = factor.diagonal().square()
+    mask = torch.zeros(block.shape, dtype=torch.bool, device=block.device)
+    if keep is not None:
+        mask = keep_highest((block.square() / cost).flatten(), keep).view(block.shape)
+    for j in range(block.shape[1]):
+        if keep is None and j % fmt.group == 0:
+            stop = j + fmt.group
+            mask[:, j:stop] = fmt.mask_from_scores(block[:, j:stop].square() / cost[j:stop])
+        errors[:, j] = torch.where(mask[:, j], 0.0, block[:, j]) / factor[j, j]
+        block[:, j:] -= errors[:, j : j + 1] * factor[j, j:]
+    return torch.where(mask, block, 0.0), errors, mask

@@ -1,0 +1,58 @@
+"""What a pruner may know about the inputs of a linear layer, collected without keeping them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from sparse_rt.errors import SparseRTError
+
+# Inputs kept to measure the reconstruction error: enough for two digits, small beside a block of a large model.
+SAMPLE_ROWS = 512
+
+
+class ActivationStats:
+    """Fed with the inputs X [T, n] of a linear, one calibration sequence at a time.
+
+    ``gram`` adds X^T X [n, n] in float32. ``expected_sequences`` spreads a sample of ``SAMPLE_ROWS`` inputs evenly over
+    the sequences; on it ``reconstruction_error`` measures what pruning did to the layer's output.
+    """
+
+    def __init__(self, n: int, device: torch.device | str = "cpu", gram: bool = False, expected_sequences: int = 1):
+        self.n, self.sequences, self.tokens = n, 0, 0
+        self.sum_squares = torch.zeros(n, dtype=torch.float32, device=device)
+        self.gram = torch.zeros(n, n, dtype=torch.float32, device=device) if gram else None
+        self._rows_each = math.ceil(SAMPLE_ROWS / max(expected_sequences, 1))
+        self._sample: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        """One sequence: x [..., n] of any float dtype."""
+        x = x.detach().reshape(-1, self.n).to(torch.float32)
+        self.sequences += 1
+        self.tokens += x.shape[0]
+        self.sum_squares += x.square().sum(0)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)
+        step = max(1, x.shape[0] // self._rows_each)
+        self._sample.append(x[::step][: self._rows_each].clone())
+
+    def input_norms(self) -> Tensor:
+        """sqrt of the mean over sequences of ||X_:j||^2, float32 [n]."""
+        return (self.sum_squares / self.sequences).sqrt()
+
+    def check_finite(self, name: str) -> None:
+        """``SparseRTError`` when an input of layer ``name`` was NaN or Inf: nothing sensible can be pruned by it."""
+        if not bool(torch.isfinite(self.sum_squares).all()):
+            raise SparseRTError(
+                f"the calibration inputs of {name} are not finite: the model overflows in its own dtype; "
+                "check the source model, or use a method without calibration (--method magnitude)"
+            )
+
+    def reconstruction_error(self, before: Tensor, after: Tensor) -> float:
+        """||X W^T - X W'^T|| / ||X W^T|| (Frobenius norms) over the sampled inputs."""
+        x = torch.cat(self._sample)
+        reference = x @ before.to(x).T
+        difference = reference - x @ after.to(x).T
+        return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float32).tiny))
