@@ -1,0 +1,272 @@
+"""What a conversion will do, from headers alone: every linear weight gets a pattern, or a reason to stay dense."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sparse_rt.checkpoint import SparseConfig, matches
+from sparse_rt.checkpoint.config import Override
+from sparse_rt.config import ConvertOptions, parse_size
+from sparse_rt.conversion import structure as kinds
+from sparse_rt.conversion.source import Source, SourceTensor
+from sparse_rt.conversion.structure import Structure
+from sparse_rt.errors import UserError
+from sparse_rt.formats import VALUE_DTYPES, get_format
+from sparse_rt.formats.base import num_kept
+from sparse_rt.pruning import Pruner, find_blocks, get_pruner
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# With --method none an unstructured weight denser than this stays dense: at 0.85 bfloat16 saves under 9% of the bytes
+# and a sparse kernel has nothing to skip.
+MAX_DENSITY = 0.85
+
+
+@dataclass
+class Decision:
+    """One linear weight: ``key`` in the checkpoint, ``name`` is the key without ".weight"; dense when no pattern."""
+
+    key: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype  # of the stored values
+    pattern: str | None = None
+    reason: str | None = None  # why it stays dense
+    nnz: int | None = None  # kept weights, None when only the data tells
+
+    @property
+    def dense_bytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+    def stored_bytes(self, assumed_sparsity: float) -> int:
+        """Bytes on disk; where the data decides, ``assumed_sparsity`` stands in."""
+        if self.pattern is None:
+            return self.dense_bytes
+        fmt, (m, n) = get_format(self.pattern), self.shape
+        nnz = num_kept(m * n, assumed_sparsity) if self.nnz is None else self.nnz
+        return nnz * self.dtype.itemsize + torch.Size(fmt.metadata_shape(m, n)).numel()
+
+
+@dataclass
+class Plan:
+    """All decisions of one conversion. ``blocks`` holds the keys of every decoder block for calibrated methods."""
+
+    options: ConvertOptions
+    source: Source
+    structure: Structure
+    pruner: Pruner
+    decisions: dict[str, Decision]
+    outside: list[str]
+    blocks: list[list[str]]
+    blocks_name: str | None
+    notes: list[str]
+
+    def stored_dtype(self, tensor: SourceTensor) -> torch.dtype:
+        return stored_dtype(self.options.dtype, tensor)
+
+    def sparse_config(self) -> SparseConfig:
+        """``quantization_config`` of the result: ``ignore`` names every linear module left dense, in full."""
+        left = [d.name for d in self.decisions.values() if d.pattern is None]
+        fused = {match[1] for name in left if (match := re.match(r"(.*\.experts)(\.|$)", name))}
+        ignore = [name for name in left if not any(name.startswith(prefix) for prefix in fused)]
+        ignore += [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(fused)]
+        if self.structure.tied_head and self.structure.tied_head not in ignore:
+            ignore.append(self.structure.tied_head)
+        overrides = {name: Override(pattern=pattern) for name, pattern in self.options.overrides.items()}
+        return SparseConfig(pattern=self.options.pattern, ignore=ignore, overrides=overrides)
+
+    @property
+    def sparsity(self) -> float:
+        return self.options.sparsity
+
+    def totals(self) -> dict[str, Any]:
+        """Bytes of the whole model and coverage in percent of the bytes of all linear weights."""
+        linear = sum(d.dense_bytes for d in self.decisions.values())
+        covered = sum(d.dense_bytes for d in self.decisions.values() if d.pattern)
+        rest = sum(
+            tensor.numel * self.stored_dtype(tensor).itemsize
+            for key, tensor in self.source.tensors.items()
+            if key not in self.decisions
+        )
+        after = rest + sum(d.stored_bytes(self.sparsity) for d in self.decisions.values())
+        return {
+            "dense_bytes": rest + linear,
+            "compressed_bytes": after,
+            "ratio": round(after / (rest + linear), 4),
+            "linear_bytes": linear,
+            "coverage_percent": round(100 * covered / linear, 2) if linear else 0.0,
+        }
+
+    def skipped(self) -> list[dict[str, Any]]:
+        return [
+            {"name": d.name, "shape": list(d.shape), "reason": d.reason}
+            for d in self.decisions.values()
+            if d.pattern is None
+        ]
+
+    def peak_memory(self, tokens: int) -> dict[str, int]:
+        """Estimated parts of the memory taken at the worst moment; ``tokens`` of one calibration sequence.
+
+        Mask selection needs about 24 bytes an element (scores, selection with its indices, ties, masks). Calibration
+        holds one block, its second moments, the inverse's factors, and one sequence's widest activation a few times.
+        """
+        compressed = [d for d in self.decisions.values() if d.pattern]
+        largest = max((torch.Size(d.shape).numel() for d in compressed), default=0)
+        parts = {
+            "shard": min(parse_size(self.options.max_shard_size), self.totals()["compressed_bytes"]),
+            "largest_weight": largest * 24,
+        }
+        if self.pruner.needs_calibration:
+            sizes = [sum(self.source.tensors[key].numel for key in keys) for keys in self.blocks]
+            embedding = max((self.source.tensors[key].numel for key in self.outside), default=0)
+            itemsize = max((self.source.tensors[d.key].dtype.itemsize for d in compressed), default=2)
+            widths = [[d.shape[1] for key in keys if (d := self.decisions.get(key))] for keys in self.blocks]
+            hidden = min((min(w) for w in widths if w), default=0)
+            widest = max((max(w) for w in widths if w), default=0)
+            gram = max((sum(n * n for n in w) for w in widths), default=0) if self.pruner.needs_gram else 0
+            parts |= {
+                "block": max([embedding, *sizes]) * itemsize,
+                "activations": self.options.num_samples * tokens * hidden * itemsize,
+                "one_sequence": 4 * tokens * widest * 4,
+                "second_moments": 4 * gram + (16 * widest * widest if gram else 0),
+            }
+        return parts
+
+
+def stored_dtype(option: str, tensor: SourceTensor) -> torch.dtype:
+    """Dtype a source tensor is written in; integer tensors stay as they are."""
+    if option == "auto" or not tensor.dtype.is_floating_point:
+        return tensor.dtype
+    if option not in DTYPES:
+        raise UserError(f"dtype {option!r} is not known; allowed are auto, {', '.join(DTYPES)}")
+    return DTYPES[option]
+
+
+def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> Plan:
+    """Decide for every linear weight of ``source``; reads no tensor data.
+
+    Raises ``UserError`` for an unknown pattern, method or dtype, a sparsity that contradicts the pattern, an override
+    that names no linear module, or when nothing would be compressed.
+    """
+    pruner = get_pruner(options.method)
+    notes = _check_options(options)
+    blocks_name, count = None, 0
+    if pruner.needs_calibration:
+        blocks_name, modules = find_blocks(structure.model)
+        count = len(modules)
+        for parameter in structure.parameters:
+            if parameter.startswith(f"{blocks_name}."):
+                checkpoint_key(parameter, structure, source, pruner)
+    decisions: dict[str, Decision] = {}
+    outside: list[str] = []
+    blocks: list[list[str]] = [[] for _ in range(count)]
+    for key, tensor in source.tensors.items():
+        index = _block_index(key, structure, blocks_name)
+        (outside if index is None else blocks[index]).append(key)
+        kind = structure.kind(key, len(tensor.shape))
+        if kind != kinds.OTHER:
+            decisions[key] = _decide(options, pruner, structure, key, tensor, kind, index)
+    _check_names(options, decisions, structure, notes)
+    if not any(d.pattern for d in decisions.values()):
+        reasons = sorted({d.reason for d in decisions.values()})
+        raise UserError(f"nothing to compress in {source.model}: {'; '.join(reasons) or 'it has no linear weight'}")
+    return Plan(options, source, structure, pruner, decisions, outside, blocks, blocks_name, notes)
+
+
+def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner: Pruner) -> str:
+    """The tensor of ``source`` that is ``parameter`` of the model; ``UserError`` when there is none."""
+    key = structure.key_of(parameter, source.tensors)
+    if key is None:
+        raise UserError(
+            f"{pruner.name} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
+            "together from several, as in mixtures of experts); use --method magnitude"
+        )
+    return key
+
+
+def _check_options(options: ConvertOptions) -> list[str]:
+    notes = []
+    fmt = get_format(options.pattern)
+    for pattern in options.overrides.values():
+        get_format(pattern)
+    if options.dtype != "auto" and options.dtype not in DTYPES:
+        raise UserError(f"dtype {options.dtype!r} is not known; allowed are auto, {', '.join(DTYPES)}")
+    fixed = fmt.default_sparsity
+    if fixed is not None and "sparsity" in options.model_fields_set and abs(options.sparsity - fixed) > 1e-9:
+        raise UserError(
+            f"sparsity {options.sparsity} contradicts the pattern {fmt.pattern}, which removes {fixed:g}; leave "
+            "--sparsity out, or choose --pattern unstructured"
+        )
+    if options.method == "none" and "sparsity" in options.model_fields_set:
+        notes.append("--sparsity is not used by --method none: the zeros of the model decide")
+    return notes
+
+
+def _block_index(key: str, structure: Structure, blocks_name: str | None) -> int | None:
+    if blocks_name is None:
+        return None
+    for name in structure.candidates(key):
+        match = re.match(rf"{re.escape(blocks_name)}\.(\d+)\.", name)
+        if match:
+            return int(match[1])
+    return None
+
+
+def _decide(
+    options: ConvertOptions,
+    pruner: Pruner,
+    structure: Structure,
+    key: str,
+    tensor: SourceTensor,
+    kind: str,
+    block: int | None,
+) -> Decision:
+    name = key.removesuffix(".weight")
+    dtype = stored_dtype(options.dtype, tensor)
+    decision = Decision(key, name, tensor.shape, dtype)
+    if kind == kinds.TIED:
+        decision.reason = "tied to the embedding"
+    elif kind == kinds.EXPERTS:
+        decision.reason = "transformers fuses these mixture-of-experts weights into one tensor: not supported yet"
+    elif kind == kinds.FOREIGN:
+        decision.reason = f"belongs to {structure.owner(key)}, which is not an nn.Linear"
+    elif any(matches(name, pattern) for pattern in options.ignore):
+        decision.reason = "ignored"
+    elif dtype not in VALUE_DTYPES:
+        decision.reason = f"{dtype} values cannot be compressed; allowed are {', '.join(DTYPES)} (--dtype)"
+    elif pruner.needs_calibration and block is None:
+        decision.reason = f"outside of the decoder blocks, which are all that {pruner.name} calibrates"
+    else:
+        overridden = (p for pattern, p in options.overrides.items() if matches(name, pattern))
+        fmt = get_format(next(overridden, options.pattern))
+        decision.reason = fmt.refuse_shape(*tensor.shape)
+        if decision.reason is None:
+            decision.pattern = fmt.pattern
+            decision.nnz = _known_count(fmt, tensor, options)
+    return decision
+
+
+def _known_count(fmt, tensor: SourceTensor, options: ConvertOptions) -> int | None:
+    m, n = tensor.shape
+    if fmt.default_sparsity is not None:
+        return torch.Size(fmt.values_shape(m, n, 0)).numel()
+    if options.method == "none":
+        return tensor.nnz
+    return m * num_kept(n, options.sparsity) if options.method == "wanda" else num_kept(m * n, options.sparsity)
+
+
+def _check_names(options: ConvertOptions, decisions: dict[str, Decision], structure: Structure, notes: list[str]):
+    """A pattern of --overrides that means nothing is an error, one of --ignore a note: lm_head may be tied."""
+    names = [d.name for d in decisions.values()] + list(structure.linears)
+    for pattern in options.overrides:
+        if not any(matches(name, pattern) for name in names):
+            raise UserError(
+                f"--overrides {pattern}: no linear module has this name; use a full name, its last parts or re:PATTERN "
+                f"(there is for example {names[0] if names else 'none at all'})"
+            )
+    for pattern in options.ignore:
+        if not any(matches(name, pattern) for name in names):
+            notes.append(f"--ignore {pattern}: no linear module has this name")

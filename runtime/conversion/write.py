@@ -1,0 +1,239 @@
+"""Carrying out a plan: prune, compress and write tensor by tensor; decoder block by decoder block when calibrated."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparse_rt.checkpoint import CheckpointWriter
+from sparse_rt.conversion.plan import MAX_DENSITY, Decision, Plan
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats import check_finite, get_format, normalize_zeros
+from sparse_rt.progress import Progress
+from sparse_rt.pruning import ActivationStats, BlockRunner
+
+FACTS_NAME = "facts.jsonl"
+
+
+class Facts:
+    """What was found out about each weight, one JSON line each, so that a resumed run reports what it did not redo."""
+
+    def __init__(self, folder: Path, resume: bool):
+        self.path = folder / FACTS_NAME
+        self.known: dict[str, dict[str, Any]] = {}
+        if not resume:
+            self.path.unlink(missing_ok=True)
+        elif self.path.is_file():
+            for line in self.path.read_text().splitlines():
+                try:
+                    fact = json.loads(line)
+                except json.JSONDecodeError:
+                    continue  # the line that was being written when the process died
+                self.known[fact.pop("name")] = fact
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        lines = [json.dumps({"name": name, **fact}) + "\n" for name, fact in self.known.items()]
+        self.path.write_text("".join(lines))
+
+    def add(self, name: str, **fact: Any) -> None:
+        self.known[name] = fact
+        with self.path.open("a") as file:
+            file.write(json.dumps({"name": name, **fact}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+class Writing:
+    """One weight at a time from the source, through the pruner, into the writer."""
+
+    def __init__(self, plan: Plan, writer: CheckpointWriter, device: torch.device, resume: bool):
+        self.plan, self.writer, self.device = plan, writer, device
+        self.done = writer.done
+        self.facts = Facts(writer.folder, resume)
+        if any(d.pattern and d.name in self.done and d.name not in self.facts.known for d in plan.decisions.values()):
+            raise UserError("cannot resume: facts.jsonl of the unfinished conversion is damaged; start over")
+        for name, fact in self.facts.known.items():
+            decision = plan.decisions.get(f"{name}.weight")
+            if decision is not None and "reason" in fact:
+                decision.pattern, decision.reason = None, fact["reason"]
+
+    def tensor(self, key: str) -> None:
+        """Copy ``key`` as it is (in the stored dtype), or compress it when it is a weight that needs no calibration."""
+        decision = self.plan.decisions.get(key)
+        if key in self.done or (decision and decision.name in self.done):
+            return
+        if decision is None or decision.pattern is None:
+            self._copy(key, self.plan.source.load(key))
+            return
+        weight = self.read(decision)
+        compressed = self.compress(decision, weight, stats=None)
+        if compressed is None:
+            self._copy(key, weight)
+        else:
+            self.store(decision, *compressed)
+
+    def read(self, decision: Decision) -> Tensor:
+        """The dense weight of ``decision``; ``FormatError`` for NaN or Inf, -0.0 made +0.0."""
+        weight = self.plan.source.load(decision.key)
+        check_finite(decision.key, weight)
+        return normalize_zeros(weight)
+
+    def compress(
+        self, decision: Decision, weight: Tensor, stats: ActivationStats | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Prune ``weight`` (values, metadata, pruned dense weight in the stored dtype); None when it stays dense."""
+        plan, fmt = self.plan, get_format(decision.pattern)
+        new, mask = self._prune(decision, weight, stats)
+        nnz = int(mask.sum())
+        if plan.options.method == "none" and fmt.default_sparsity is None and nnz > MAX_DENSITY * mask.numel():
+            decision.pattern = None
+            density = nnz / mask.numel()
+            decision.reason = f"density {density:.4f} is above {MAX_DENSITY}: compressing saves next to nothing"
+            self.facts.add(decision.name, reason=decision.reason)
+            return None
+        stored = cast(decision.key, new, decision.dtype)
+        values, metadata = fmt.compress(stored, mask)
+        fact = {"sparsity": round(1 - nnz / mask.numel(), 6)}
+        if stats is not None:
+            kept = torch.where(mask, stored, 0)
+            fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), kept), 6)
+        self.facts.add(decision.name, **fact)
+        return values, metadata, torch.where(mask, stored, 0)
+
+    def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, Tensor]:
+        plan, fmt = self.plan, get_format(decision.pattern)
+        try:
+            if plan.options.method == "none":
+                mask = self._stored_mask(decision, fmt)
+                if mask is not None:
+                    return weight, mask
+            return plan.pruner.prune(weight.to(self.device), stats, fmt, plan.sparsity)
+        except FormatError as error:
+            raise FormatError(
+                f"{decision.key} does not obey the pattern {fmt.pattern}: {error} (--method magnitude does), give it "
+                f"another pattern (--overrides {decision.name}=unstructured) or leave it dense (--ignore)"
+            ) from error
+
+    def _stored_mask(self, decision: Decision, fmt) -> Tensor | None:
+        """The mask that the source stores, when it is legal as it is: explicit zeros then stay kept."""
+        mask = self.plan.source.stored_mask(decision.key)
+        if mask is None or fmt.group is None:
+            return mask
+        legal = fmt.mask_from_scores(mask.to(torch.float32))
+        return mask if torch.equal(legal, mask) else None
+
+    def store(self, decision: Decision, values: Tensor, metadata: Tensor, _: Tensor | None = None) -> None:
+        m, n = decision.shape
+        self.writer.add_weight(decision.name, decision.pattern, m, n, values, metadata)
+
+    def _copy(self, key: str, tensor: Tensor) -> None:
+        if key.endswith((".weight", ".bias")):
+            check_finite(key, tensor)
+        dtype = self.plan.stored_dtype(self.plan.source.tensors[key])
+        self.writer.add(key, tensor if dtype == tensor.dtype else cast(key, tensor, dtype))
+
+
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``tensor`` in ``dtype`` without -0.0; ``FormatError`` when a value overflows. Underflow to 0 is fine: the mask
+    was chosen before."""
+    if tensor.dtype == dtype:
+        return normalize_zeros(tensor)
+    result = normalize_zeros(tensor.to(dtype))
+    if not bool(torch.isfinite(result).all()):
+        largest = float(tensor.abs().max())
+        raise FormatError(f"{name}: {largest:g} does not fit into {dtype}; use --dtype bfloat16 or float32")
+    return result
+
+
+def write_weights(writing: Writing, runner: BlockRunner | None, tokens: Tensor | None, progress: Progress) -> None:
+    """Write every tensor of the plan, those already ``done`` excepted; ``runner`` and ``tokens`` for calibration."""
+    plan = writing.plan
+    if runner is None:
+        for key in progress.track(plan.outside, "compressing", total=len(plan.outside)):
+            writing.tensor(key)
+        return
+    for key in plan.outside:
+        writing.tensor(key)
+    if all(d.name in writing.done for d in plan.decisions.values() if d.pattern):
+        for key in (key for keys in plan.blocks for key in keys):
+            writing.tensor(key)
+        return
+    progress.stage(f"embedding {len(tokens)} calibration sequences of {tokens.shape[1]} tokens")
+    runner.start(tokens)
+    for index in progress.track(range(len(plan.blocks)), f"{plan.pruner.name}, block by block", total=len(plan.blocks)):
+        _write_block(writing, runner, index)
+
+
+def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
+    """Prune and write one block; a block that an earlier run finished is read back instead."""
+    plan = writing.plan
+    keys = plan.blocks[index]
+    decisions = [d for key in keys if (d := plan.decisions.get(key)) and d.pattern]
+    last = index + 1 == len(plan.blocks)
+    finished = all(d.name in writing.done for d in decisions)
+    compressed: dict[str, tuple[Tensor, Tensor]] = {}
+    if not (finished and last):
+        runner.open(index)
+    if finished and not last:
+        for decision in decisions:
+            runner.set_weight(index, _inner(plan, runner, index, decision), read_back(writing.writer, decision))
+    elif not finished:
+        compressed = _prune_open_block(writing, runner, index, decisions)
+    if not last:
+        runner.advance(index)
+    runner.close(index)
+    for key in keys:
+        decision = plan.decisions.get(key)
+        if decision and decision.name in compressed and decision.name not in writing.done:
+            writing.store(decision, *compressed.pop(decision.name))
+        else:
+            writing.tensor(key)
+
+
+def _prune_open_block(
+    writing: Writing, runner: BlockRunner, index: int, decisions: Iterable[Decision]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Statistics with the block unpruned, then every linear pruned and put in place: name -> (values, metadata)."""
+    plan = writing.plan
+    stats = {
+        _inner(plan, runner, index, d): ActivationStats(
+            d.shape[1], runner.device, plan.pruner.needs_gram, expected_sequences=len(runner.hidden)
+        )
+        for d in decisions
+    }
+    runner.collect(index, stats)
+    compressed = {}
+    for decision in decisions:
+        inner = _inner(plan, runner, index, decision)
+        seen = stats.pop(inner)
+        if not seen.sequences:
+            raise UserError(f"{decision.name} was not used by any calibration sequence; leave it dense with --ignore")
+        seen.check_finite(decision.name)
+        values, metadata, dense = writing.compress(decision, writing.read(decision), seen)
+        compressed[decision.name] = (values.cpu(), metadata.cpu())
+        runner.set_weight(index, inner, dense)
+    return compressed
+
+
+def _inner(plan: Plan, runner: BlockRunner, index: int, decision: Decision) -> str:
+    """Name of the linear inside its block."""
+    return plan.structure.module_of(decision.key).removeprefix(f"{runner.block_name(index)}.")
+
+
+def read_back(writer: CheckpointWriter, decision: Decision) -> Tensor:
+    """The pruned dense weight of a finished shard."""
+    fmt = get_format(decision.pattern)
+    with safe_open(writer.part_file(decision.name), framework="pt") as file:
+        values, metadata = (file.get_tensor(f"{decision.name}.{suffix}") for suffix in fmt.tensor_names)
+    return fmt.decompress(values, metadata, *decision.shape)

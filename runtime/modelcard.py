@@ -1,0 +1,119 @@
+"""The README.md of a converted model: what was done to it, how to load and serve it, what happens without sparse-rt."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.checkpoint import SparseConfig
+
+INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_BODY = """# {title}
+
+A sparse model in the sparse-rt format (`pip install sparse-rt`): the linear weights are stored as
+kept values and positions, on disk and in memory.
+
+| | |
+|---|---|
+{facts}
+
+## Load
+
+```python
+import sparse_rt  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Without `import sparse_rt`, transformers stops with "no file named model.safetensors": the weight files carry names of
+their own, so that nothing loads a model with random weights by mistake.
+
+## Serve
+
+```
+vllm serve {name}
+```
+
+needs `pip install "sparse-rt[vllm]"`; vLLM then finds the format by itself. `sparse-rt export --to dense` writes an
+ordinary dense model for any other engine, `sparse-rt verify` checks every file and tensor against the manifest.
+
+## Left dense
+
+{skipped}
+"""
+
+
+def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str:
+    """Markdown with the metadata block of the hub. ``facts`` is the result of the conversion.
+
+    Licence and language are taken over from the card of the source model, when it has one.
+    """
+    from huggingface_hub import ModelCardData
+
+    origin = facts["source"]["model"]
+    inherited = _inherited(source)
+    base = origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else inherited.pop("base_model", None)
+    inherited.pop("base_model", None)
+    tags = ["sparse-rt", "sparsity", f"pattern:{config.pattern}"]
+    inherited.setdefault("pipeline_tag", "text-generation")
+    data = ModelCardData(base_model=base, tags=tags, library_name="transformers", **inherited)
+    name = f"{Path(origin).name}-{config.pattern.replace(':', '-')}"
+    body = _BODY.format(
+        title=name, name=f"path/to/{name}", facts=_facts(facts, config), skipped=_skipped(facts["skipped"])
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
+    options, source = facts["options"], facts["source"]
+    revision = f" at {source['revision']}" if source["revision"] else ""
+    rows = {
+        "made from": f"`{Path(source['model']).name if Path(source['model']).exists() else source['model']}`{revision}",
+        "pattern": config.pattern,
+        **{f"pattern of `{name}`": override.pattern for name, override in config.overrides.items()},
+        "method": "none (the source was pruned already)" if options["method"] == "none" else options["method"],
+        "sparsity of the compressed weights": f"{facts['mean_sparsity']:.4f}",
+        "linear weights compressed": f"{facts['coverage_percent']:.2f}% of their bytes",
+        "size": f"{facts['compressed_bytes']:,} bytes, {facts['ratio']:.3f} of the dense {facts['dense_bytes']:,}",
+    }
+    if "dataset" in options:
+        data = Path(options["dataset"]).name if Path(options["dataset"]).exists() else options["dataset"]
+        rows["calibration"] = (
+            f"{options['num_samples']} sequences of {options['max_seq_len']} tokens from {data}, seed {options['seed']}"
+        )
+        rows["mean reconstruction error"] = f"{facts['mean_reconstruction_error']:.4f} (relative, of a layer's output)"
+    rows["made by"] = str(config.producer)
+    return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+
+
+def _skipped(skipped: list[dict[str, Any]]) -> str:
+    """One line a reason; single modules by name, many of them by number."""
+    if not skipped:
+        return "No linear weight was left dense."
+    counts = Counter(entry["reason"] for entry in skipped)
+    lines = []
+    for reason, count in counts.items():
+        names = [entry["name"] for entry in skipped if entry["reason"] == reason]
+        shown = ", ".join(f"`{name}`" for name in names[:4]) + (f" and {count - 4} more" if count > 4 else "")
+        lines.append(f"- {shown}: {reason}")
+    return "\n".join(lines)
+
+
+def _inherited(source: Path) -> dict[str, Any]:
+    """What the card of the source says and stays true."""
+    from huggingface_hub import ModelCard
+
+    path = source / "README.md"
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception:  # a card is free text; a broken one must not stop a conversion
+        return {}
+    return {key: data[key] for key in (*INHERITED, "base_model") if key in data}

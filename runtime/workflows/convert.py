@@ -1,0 +1,229 @@
+"""``sparse-rt convert``: prune (or not), compress and save a model, one decoder block and one shard in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_rt.checkpoint import CheckpointWriter, check_output, output_directory
+from sparse_rt.checkpoint.writer import JOURNAL_NAME
+from sparse_rt.config import ConvertOptions, parse_size
+from sparse_rt.conversion import Plan, Source, Writing, make_plan, open_source, read_structure, write_weights
+from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
+from sparse_rt.conversion.plan import checkpoint_key
+from sparse_rt.data import read_texts, token_windows
+from sparse_rt.device import pick_device
+from sparse_rt.errors import UserError
+from sparse_rt.hf.load import load_tokenizer
+from sparse_rt.modelcard import model_card
+from sparse_rt.progress import Progress
+from sparse_rt.pruning import BlockRunner
+from sparse_rt.version import __version__
+
+# Options that change the bytes written; with another value for one of them an interrupted run is not continued.
+RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "overrides", "dtype", "max_shard_size")
+
+
+def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Convert ``options.model``; with ``dry_run`` only say what would be done, from headers.
+
+    Raises ``UserError`` / ``FormatError`` for options and sources that cannot work, always before the output folder
+    appears. An interruption keeps the finished shards in a hidden sibling of the output for ``--resume``.
+    """
+    progress = progress or Progress()
+    start = time.perf_counter()
+    device = pick_device(options.device)
+    output = check_output(options.output_dir, options.overwrite)
+    progress.stage("reading headers")
+    source = open_source(options.model, options.revision)
+    refuse_same_folder(source.folder, output)
+    plan = make_plan(options, source, read_structure(source.folder))
+    for note in plan.notes:
+        progress.note(note)
+    if options.dry_run:
+        return dry_run(plan)
+    tokens = calibration_tokens(plan, progress) if plan.pruner.needs_calibration else None
+    mark = fingerprint(plan, tokens, device)
+    with output_directory(output, options.overwrite, resume=options.resume, keep=True) as partial:
+        writer = CheckpointWriter(
+            partial, stored_config(plan), plan.sparse_config(), parse_size(options.max_shard_size), mark, options.resume
+        )
+        try:
+            result = _write(plan, writer, tokens, device, progress)
+        except UserError:
+            shutil.rmtree(partial, ignore_errors=True)  # bad input stays bad: there is nothing to resume
+            raise
+        except BaseException:
+            if not (partial / JOURNAL_NAME).is_file():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+    result["output_dir"] = str(output)
+    result["seconds"] = round(time.perf_counter() - start, 2)
+    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, progress: Progress) -> dict[str, Any]:
+    if writer.done:
+        progress.note(f"resuming: {len(writer.done)} tensors and weights are on disk already")
+    runner = BlockRunner(plan.structure.model, parameter_loader(plan), device) if tokens is not None else None
+    writing = Writing(plan, writer, device, plan.options.resume)
+    write_weights(writing, runner, tokens, progress)
+    facts = report(plan, writing.facts.known, writer)
+    writing.facts.remove()
+    writer.sparse = plan.sparse_config()  # weights may have stayed dense because of what their data showed
+    copy_small_files(plan.source.folder, writer.folder)
+    about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
+    (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse))
+    kept = ("coverage_percent", "skipped", "reconstruction_error")
+    progress.stage("writing index and manifest")
+    writer.finish(about | {key: facts[key] for key in kept if key in facts})
+    return about | facts
+
+
+def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWriter) -> dict[str, Any]:
+    """Bytes, coverage, achieved sparsity and reconstruction error of a written model; refuses an empty result."""
+    writer.flush()
+    decisions = [d for d in plan.decisions.values() if d.pattern]
+    if not decisions:
+        raise UserError(
+            f"no weight of {plan.source.model} was compressed: {plan.skipped()[0]['reason']}; "
+            "prune it, for example with --method magnitude"
+        )
+    totals = plan.totals()
+    totals["compressed_bytes"] = writer.total_bytes
+    totals["ratio"] = round(writer.total_bytes / totals["dense_bytes"], 4)
+    sparsity = {d.name: facts[d.name]["sparsity"] for d in decisions}
+    errors = {d.name: e for d in decisions if (e := facts[d.name].get("reconstruction_error")) is not None}
+    elements = {d.name: torch.Size(d.shape).numel() for d in decisions}
+    mean = sum(sparsity[name] * count for name, count in elements.items()) / sum(elements.values())
+    result = {**totals, "mean_sparsity": round(mean, 6), "sparsity": sparsity, "skipped": plan.skipped()}
+    if errors:
+        result["reconstruction_error"] = errors
+        result["mean_reconstruction_error"] = round(sum(errors.values()) / len(errors), 6)
+    return {**result, "notes": plan.notes}
+
+
+def dry_run(plan: Plan) -> dict[str, Any]:
+    """The plan as a result: every decision, bytes before and after, coverage, and estimated peak memory."""
+    modules = [
+        {
+            "name": d.name,
+            "shape": list(d.shape),
+            "pattern": d.pattern,
+            "reason": d.reason,
+            "dense_bytes": d.dense_bytes,
+            "compressed_bytes": d.stored_bytes(plan.sparsity),
+        }
+        for d in plan.decisions.values()
+    ]
+    notes = list(plan.notes)
+    if any(d.pattern and d.nnz is None for d in plan.decisions.values()):
+        notes.append(
+            f"bytes after assume a sparsity of {plan.sparsity:g} where the zeros of the model decide; "
+            "`sparse-rt inspect` on the source counts them"
+        )
+    return {
+        "dry_run": True,
+        "source": source_facts(plan.source),
+        "options": used_options(plan, None),
+        "modules": modules,
+        **plan.totals(),
+        "skipped": plan.skipped(),
+        "estimated_peak_memory_bytes": estimated_memory(plan),
+        "notes": notes,
+    }
+
+
+def estimated_memory(plan: Plan) -> dict[str, int]:
+    """Parts and total of the expected peak; "process" is what Python and its libraries take already."""
+    now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    parts = plan.peak_memory(window_length(plan))
+    return {"process": now, **parts, "total": now + sum(parts.values())}
+
+
+def window_length(plan: Plan) -> int:
+    """Tokens of a calibration sequence: ``max_seq_len``, or the positions of the model when it has fewer."""
+    limit = getattr(plan.structure.model.config, "max_position_embeddings", None)
+    return min(plan.options.max_seq_len, limit) if isinstance(limit, int) else plan.options.max_seq_len
+
+
+def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
+    """int64 [samples, length] from ``--dataset``; ``UserError`` when the model folder has no usable tokenizer."""
+    options = plan.options
+    try:
+        tokenizer = load_tokenizer(plan.source.folder)
+    except Exception as error:  # whatever transformers or tokenizers raise for missing or damaged files
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{options.method} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
+            "copy its tokenizer files there, or use --method magnitude"
+        ) from error
+    length = window_length(plan)
+    if length < options.max_seq_len:
+        plan.notes.append(f"calibration sequences have {length} tokens: the model has no more positions")
+        progress.note(plan.notes[-1])
+    tokens = token_windows(read_texts(options.dataset, tokenizer), tokenizer, length, options.num_samples, options.seed)
+    vocabulary = plan.structure.model.get_input_embeddings().num_embeddings
+    if int(tokens.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer of {plan.source.folder} gives token {int(tokens.max())}, the model knows {vocabulary}; "
+            "the tokenizer belongs to another model"
+        )
+    return tokens
+
+
+def parameter_loader(plan: Plan) -> Callable[[str], Tensor]:
+    """Name of a parameter of the model -> its checkpoint tensor."""
+    return lambda parameter: plan.source.load(checkpoint_key(parameter, plan.structure, plan.source, plan.pruner))
+
+
+def stored_config(plan: Plan) -> dict[str, Any]:
+    """config.json of the result, without quantization_config."""
+    config = plan.source.config
+    if plan.options.dtype != "auto":
+        config.pop("torch_dtype", None)
+        config["dtype"] = plan.options.dtype
+    return config
+
+
+def source_facts(source: Source) -> dict[str, Any]:
+    return {"model": source.model, "revision": source.revision, "kind": source.kind, "digest": source.digest()}
+
+
+def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
+    """The options that shaped the result, for manifest and model card."""
+    options = plan.options
+    names = ["pattern", "method", "ignore", "overrides", "dtype"]
+    unstructured = "unstructured" in (options.pattern, *options.overrides.values())
+    if unstructured and options.method != "none":
+        names.append("sparsity")
+    used = {name: getattr(options, name) for name in names}
+    if plan.pruner.needs_calibration:
+        used |= {"dataset": options.dataset or "shipped calibration text", "seed": options.seed}
+        samples, length = (options.num_samples, window_length(plan)) if tokens is None else tokens.shape
+        used |= {"num_samples": int(samples), "max_seq_len": int(length)}
+    return used
+
+
+def fingerprint(plan: Plan, tokens: Tensor | None, device: torch.device) -> str:
+    """Digest of everything that decides the bytes written; a resumed run must have the same."""
+    options = plan.options.model_dump(include=set(RELEVANT))
+    options["max_shard_size"] = parse_size(options["max_shard_size"])
+    data = {
+        "options": options,
+        "source": [str(Path(plan.source.folder).resolve()), plan.source.digest(), plan.source.file_times()],
+        "tokens": None if tokens is None else hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        "device": device.type,
+        "versions": [__version__, torch.__version__],
+    }
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
