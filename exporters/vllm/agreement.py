@@ -17,7 +17,7 @@ NEAR_TIE_ULPS = 4
 
 
 def greedy(model, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[dict[str, Any]]:
-    """Greedy continuations by transformers: for each prompt ``tokens`` and the float32 ``logits`` [steps, vocabulary]."""
+    """Greedy continuations by transformers: for each prompt ``tokens`` and float32 ``logits`` [steps, vocabulary]."""
     results = []
     for prompt in prompts:
         ids = torch.tensor([list(prompt)], device=model.device)

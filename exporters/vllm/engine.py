@@ -62,8 +62,9 @@ def run_engine(
     """Start vLLM on ``folder`` and run ``jobs`` one after the other.
 
     A job is ``{"prompts", "max_tokens"}`` and optionally ``repeats`` (timed runs after one that is not; default one run
-    without a warm-up) and ``ignore_eos``; its result is ``{"tokens", "prompt_tokens", "generate_s" (median), "runs_s"}``.
-    ``options`` go to ``vllm.LLM``. ``UserError`` for a folder that vLLM refuses, ``SparseRTError`` for any other failure.
+    without a warm-up) and ``ignore_eos``; its result has ``tokens``, ``prompt_tokens``, ``generate_s`` (the median) and
+    ``runs_s``. ``options`` go to ``vllm.LLM``. ``UserError`` for a folder that vLLM refuses, ``SparseRTError`` for any
+    other failure.
     """
     request = {
         "folder": str(folder),
@@ -99,10 +100,11 @@ def run_here(request: dict[str, Any]) -> dict[str, Any]:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.platforms import current_platform
 
-    start = time.perf_counter()
-    engine = vllm.LLM(request["folder"], **{"max_model_len": longest, **request["options"]})
-    load_seconds = time.perf_counter() - start
+    engine = None
     try:
+        start = time.perf_counter()
+        engine = vllm.LLM(request["folder"], **{"max_model_len": longest, **request["options"]})
+        load_seconds = time.perf_counter() - start
         return {
             "engine": f"vllm {vllm.__version__}",
             "platform": type(current_platform).__name__,
@@ -110,7 +112,8 @@ def run_here(request: dict[str, Any]) -> dict[str, Any]:
             "jobs": [_run_job(engine, job) for job in jobs],
         }
     finally:
-        engine.llm_engine.engine_core.shutdown()
+        if engine is not None:
+            engine.llm_engine.engine_core.shutdown()
         del engine
         cleanup_dist_env_and_memory()
 

@@ -26,8 +26,8 @@ The weights stay compressed in the engine: {weights} linear weights, pattern {pa
     sparse-rt serve {name}               # checks the folder and the plugin first
     vllm serve {name}                    # the same without the checks: no flag is needed
 
-vLLM finds sparse-rt through its plugin entry point. `Unknown quantization method: sparse_rt` means that sparse-rt is not
-installed in vLLM's environment, or that `VLLM_PLUGINS` is set and does not name `sparse_rt`. On a CPU set
+vLLM finds sparse-rt through its plugin entry point. `Unknown quantization method: sparse_rt` means that sparse-rt is
+not installed in vLLM's environment, or that `VLLM_PLUGINS` is set and does not name `sparse_rt`. On a CPU set
 `VLLM_CPU_KVCACHE_SPACE` (GiB); otherwise vLLM takes nearly all memory.
 """
 

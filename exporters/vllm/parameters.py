@@ -65,8 +65,8 @@ class ForbiddenParameter(BasevLLMParameter):
     @staticmethod
     def refuse(param: ForbiddenParameter, loaded_weight: Tensor, *_: Any) -> None:
         raise FormatError(
-            f"sparse_rt: unexpected tensor {param.layer_name}.weight {tuple(loaded_weight.shape)}: config.json says that "
-            "this layer is compressed; add the module to `ignore` of quantization_config, or convert the model again"
+            f"sparse_rt: unexpected tensor {param.layer_name}.weight {tuple(loaded_weight.shape)}: config.json says "
+            "that this layer is compressed; add the module to `ignore` of quantization_config, or convert it again"
         )
 
 

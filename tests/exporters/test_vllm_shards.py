@@ -1,0 +1,233 @@
+"""Every linear class of vLLM x tensor-parallel rank: the compressed piece equals the slice of the dense weight.
+
+One process plays every rank: the three modules that ask for rank and size are told what to answer.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from helpers import random_weight
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats import get_format
+
+pytest.importorskip("vllm")
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor import parameter
+from vllm.model_executor.layers import linear, vocab_parallel_embedding
+
+from sparse_rt.checkpoint import SparseConfig
+from sparse_rt.exporters.vllm.config import SparseRTConfig
+from sparse_rt.exporters.vllm.linear_method import SparseRTLinearMethod
+
+HEADS, KV_HEADS, HEAD_SIZE, COLUMNS, VOCABULARY = 8, 2, 4, 32, 100
+RANKS = [(0, 1), (0, 2), (1, 2), (0, 4), (3, 4)]
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Sets (rank, size) for the layers that are built afterwards."""
+
+    def choose(rank: int, size: int) -> None:
+        for module in (linear, parameter, vocab_parallel_embedding):
+            monkeypatch.setattr(module, "get_tensor_model_parallel_rank", lambda: rank)
+            monkeypatch.setattr(module, "get_tensor_model_parallel_world_size", lambda: size)
+
+    with set_current_vllm_config(VllmConfig()):
+        choose(0, 1)
+        yield choose
+
+
+def config(pattern, ignore=(), overrides=None):
+    described = {name: {"pattern": other} for name, other in (overrides or {}).items()}
+    made = SparseRTConfig(SparseConfig(pattern=pattern, ignore=list(ignore), overrides=described))
+    made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return made
+
+
+def weight_and_mask(m, n, pattern, seed=0):
+    """A weight with explicit zeros of both signs inside the mask and, where the pattern allows, an empty row."""
+    weight = random_weight(m, n, pattern, 0.6, torch.bfloat16, seed)
+    mask = get_format(pattern).mask_of(weight)
+    if pattern == "unstructured":
+        mask[1] = False
+    kept = mask.nonzero()
+    weight[~mask] = 0
+    weight[tuple(kept[0])], weight[tuple(kept[-1])] = 0.0, -0.0
+    return weight, mask
+
+
+def build(kind, pattern):
+    """(layer, [(shard id or None, rows of the stored weight)], function (key, weight, rank, size) -> dense slice)."""
+    options = dict(bias=False, params_dtype=torch.bfloat16, quant_config=config(pattern))
+
+    def rows(key, weight, rank, size):
+        return weight.chunk(size, 0)[rank]
+
+    def heads(key, weight, rank, size):
+        size = size if key == "q" else min(size, KV_HEADS)
+        replicas = 1 if key == "q" else max(1, RANK.size // KV_HEADS)
+        return weight.chunk(size, 0)[rank // replicas]
+
+    if kind == "column":
+        return linear.ColumnParallelLinear(COLUMNS, 48, prefix="m.fc1", **options), [((), 48)], rows
+    if kind == "merged":
+        layer = linear.MergedColumnParallelLinear(COLUMNS, [48, 80], prefix="m.gate_up_proj", **options)
+        return layer, [((0,), 48), ((1,), 80)], rows
+    if kind == "qkv":
+        layer = linear.QKVParallelLinear(COLUMNS, HEAD_SIZE, HEADS, KV_HEADS, prefix="m.qkv_proj", **options)
+        sizes = {"q": HEADS * HEAD_SIZE, "k": KV_HEADS * HEAD_SIZE, "v": KV_HEADS * HEAD_SIZE}
+        return layer, [((name,), size) for name, size in sizes.items()], heads
+    if kind == "row":
+        columns = 88 if pattern == "unstructured" else 96  # 88 / 4 columns are no whole number of mask bytes
+        layer = linear.RowParallelLinear(columns, 24, prefix="m.down_proj", **options)
+        return layer, [((), 24)], lambda key, weight, rank, size: weight.chunk(size, 1)[rank]
+    if kind == "replicated":
+        layer = linear.ReplicatedLinear(COLUMNS, 24, prefix="m.gate", **options)
+        return layer, [((), 24)], lambda key, weight, rank, size: weight
+    options["quant_config"].stored = {"lm_head": 0.5}
+    head = vocab_parallel_embedding.ParallelLMHead(VOCABULARY, COLUMNS, prefix="lm_head", **options)
+    return head, [((), VOCABULARY)], vocabulary_rows
+
+
+def vocabulary_rows(key, weight, rank, size):
+    """vLLM pads the vocabulary of 100 to 128 and gives every rank an equal part of that."""
+    padded = torch.cat([weight, torch.zeros(128 - VOCABULARY, COLUMNS, dtype=weight.dtype)])
+    return padded.chunk(size, 0)[rank]
+
+
+RANK = SimpleNamespace(size=1)
+KINDS = ["column", "merged", "qkv", "row", "replicated", "head"]
+
+
+def load(layer, stored, pattern, masks_first):
+    """Hand the tensors over as vLLM's loader does: through the parameter's own loader."""
+    fmt = get_format(pattern)
+    tensors = []
+    for (ids, _), (weight, mask) in stored:
+        tensors += [(name, ids, t) for name, t in zip(fmt.tensor_names, fmt.compress(weight, mask), strict=True)]
+    # Metadata before values, and the shards in reverse: the order of the folder is not promised.
+    for name, ids, tensor in reversed(tensors) if masks_first else tensors:
+        parameter = getattr(layer, name)
+        parameter.weight_loader(parameter, tensor, *ids)
+    layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("masks_first", [False, True], ids=["values-first", "metadata-first"])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4:8"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank,size", RANKS)
+def test_every_rank_keeps_its_slice_bit_for_bit(ranks, rank, size, kind, pattern, masks_first):
+    ranks(rank, size)
+    RANK.size = size
+    layer, parts, cut = build(kind, pattern)
+    columns = layer.input_size
+    stored = [(part, weight_and_mask(part[1], columns, pattern, seed)) for seed, part in enumerate(parts)]
+    load(layer, stored, pattern, masks_first)
+
+    found_pattern, m, n = layer.sparse_shape
+    expected = torch.cat([cut(*ids or (0,), weight, rank, size) for (ids, _), (weight, _) in stored])
+    fmt = get_format(found_pattern)
+    assert torch.equal(fmt.decompress(layer.weight_packed, layer.weight_metadata, m, n), expected)
+    mask = fmt.unpack_mask(layer.weight_metadata, m, n)
+    wanted = torch.cat([cut(*ids or (0,), mask, rank, size) for (ids, _), (_, mask) in stored]).bool()
+    real = slice(None) if kind != "head" else slice(max(0, min(VOCABULARY - rank * m, m)))
+    assert torch.equal(mask[real], wanted[real])  # padding rows of an N:M head keep explicit zeros
+
+    x = torch.randn(3, n).bfloat16()
+    assert torch.equal(layer.quant_method.apply(layer, x), torch.nn.functional.linear(x, expected))
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed", "weight_metadata"}
+
+
+@pytest.mark.parametrize("kind", ["merged", "qkv"])
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("rank,size", RANKS)
+def test_shards_that_one_stored_weight_holds_are_cut_too(ranks, rank, size, pattern, kind):
+    """Phi-3 stores qkv_proj and gate_up_proj joined: vLLM passes no shard id."""
+    ranks(rank, size)
+    RANK.size = size
+    layer, parts, cut = build(kind, pattern)
+    sizes = [rows for _, rows in parts]
+    weight, mask = weight_and_mask(sum(sizes), COLUMNS, pattern)
+    load(layer, [(((), None), (weight, mask))], pattern, False)
+    pieces = [cut(*ids, part, rank, size) for (ids, _), part in zip(parts, weight.split(sizes), strict=True)]
+    fmt, m, n = get_format(pattern), *layer.sparse_shape[1:]
+    assert torch.equal(fmt.decompress(layer.weight_packed, layer.weight_metadata, m, n), torch.cat(pieces))
+
+
+def test_a_rank_cannot_split_the_groups_of_a_row_parallel_weight(ranks):
+    ranks(0, 4)
+    with pytest.raises(UserError, match=r"m.down_proj: .* cannot be 2:4: 6 columns .*tensor-parallel-size"):
+        linear.RowParallelLinear(24, 8, bias=False, quant_config=config("2:4"), prefix="m.down_proj")
+
+
+def test_joined_layers_need_all_members_compressed_or_none(ranks):
+    def build(ignore):
+        options = dict(bias=False, quant_config=config("2:4", ignore), prefix="m.self_attn.qkv_proj")
+        return linear.QKVParallelLinear(COLUMNS, HEAD_SIZE, HEADS, KV_HEADS, **options)
+
+    with pytest.raises(UserError, match=r"joins m.self_attn.q_proj, .* leaves m.self_attn.v_proj dense"):
+        build(["v_proj"])
+    assert isinstance(build(["q_proj", "k_proj", "v_proj"]).quant_method, linear.UnquantizedLinearMethod)
+    assert isinstance(build(["re:.*mlp.*"]).quant_method, SparseRTLinearMethod)
+
+
+def test_joined_layers_may_have_members_of_different_patterns(ranks):
+    made = config("2:4", overrides={"up_proj": "unstructured"})
+    layer = linear.MergedColumnParallelLinear(
+        COLUMNS, [48, 80], bias=False, params_dtype=torch.bfloat16, quant_config=made, prefix="m.gate_up_proj"
+    )
+    dense = []
+    for key, (rows, pattern) in enumerate([(48, "2:4"), (80, "unstructured")]):
+        weight, mask = weight_and_mask(rows, COLUMNS, pattern, key)
+        fmt = get_format(pattern)
+        for name, tensor in zip(fmt.tensor_names, fmt.compress(weight, mask), strict=True):
+            getattr(layer, name).weight_loader(getattr(layer, name), tensor, key)
+        dense.append(weight)
+    layer.quant_method.process_weights_after_loading(layer)
+    pattern, m, n = layer.sparse_shape
+    found = get_format(pattern).decompress(layer.weight_packed, layer.weight_metadata, m, n)
+    assert torch.equal(found, torch.cat(dense))
+
+
+def test_a_dense_weight_in_a_compressed_layer_says_what_to_do(ranks):
+    layer, *_ = build("merged", "2:4")
+    with pytest.raises(FormatError, match=r"unexpected tensor m.gate_up_proj.weight \(48, 32\).*`ignore`"):
+        layer.weight.weight_loader(layer.weight, torch.zeros(48, COLUMNS), 0)
+
+
+def test_a_tied_head_shares_the_embedding(ranks):
+    layer, *_ = build("head", "2:4")
+    embedding = vocab_parallel_embedding.VocabParallelEmbedding(VOCABULARY, COLUMNS, params_dtype=torch.bfloat16)
+    assert layer.tie_weights(embedding) is layer
+    assert layer.weight is embedding.weight and [name for name, _ in layer.named_parameters()] == ["weight"]
+    assert isinstance(layer.quant_method, vocab_parallel_embedding.UnquantizedEmbeddingMethod)
+
+
+def test_embeddings_and_uncompressed_heads_stay_as_they_are(ranks):
+    made = config("2:4")
+    made.stored = {"model.layers.0.mlp.up_proj": 0.5}
+    for cls in (vocab_parallel_embedding.VocabParallelEmbedding, vocab_parallel_embedding.ParallelLMHead):
+        layer = cls(VOCABULARY, COLUMNS, quant_config=made, prefix="lm_head")
+        assert isinstance(layer.quant_method, vocab_parallel_embedding.UnquantizedEmbeddingMethod)
+
+
+def test_patterns_follow_the_renamings_of_the_model_class(ranks):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    made = config("2:4", ignore=["re:decoder.layers.0.*"])
+    made._folder_names = {name: name for name in ("decoder.layers.0.fc1", "decoder.layers.1.fc1")}
+    made.apply_vllm_mapper(WeightsMapper(orig_to_new_prefix={"decoder.": "model.decoder."}))
+    dense, sparse = (
+        linear.ColumnParallelLinear(8, 8, bias=False, quant_config=made, prefix=f"model.decoder.layers.{i}.fc1")
+        for i in range(2)
+    )
+    assert isinstance(dense.quant_method, linear.UnquantizedLinearMethod)
+    assert isinstance(sparse.quant_method, SparseRTLinearMethod)
+
+
+def test_the_method_cannot_be_asked_for_by_flag_on_a_dense_model():
+    with pytest.raises(UserError, match="sparse-rt convert"):
+        SparseRTConfig()
