@@ -185,11 +185,12 @@ def batch_at(tokens: torch.Tensor, step: int, batch: int, context: int) -> torch
     return torch.stack([tokens[start : start + context + 1] for start in starts.tolist()])
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: int) -> float:
-    """Linear warm-up, then cosine to zero."""
+def learning_rate(step: int, steps: int, peak: float, warmup: int, stop: int, cooldown: int) -> float:
+    """Linear warm-up, cosine to zero at `steps`; the last `cooldown` steps before `stop` also fall linearly to zero."""
     if step < warmup:
         return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    return peak * cosine * min(1.0, (stop - step) / max(1, cooldown))
 
 
 def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
@@ -268,7 +269,9 @@ def prepare(work: Path, out: Path) -> None:
 
 @main.command()
 @WORK
-@click.option("--steps", default=4400, show_default=True)
+@click.option("--steps", default=4400, show_default=True, help="Where the cosine schedule reaches zero.")
+@click.option("--stop", default=3200, show_default=True, help="Number of steps taken, at most --steps.")
+@click.option("--cooldown", default=1000, show_default=True, help="Steps of extra linear decay before --stop.")
 @click.option("--batch", default=4, show_default=True, help="Windows of 512 tokens per step.")
 @click.option("--peak", default=2e-3, show_default=True, help="Peak learning rate.")
 @click.option("--warmup", default=200, show_default=True)
@@ -277,7 +280,7 @@ def prepare(work: Path, out: Path) -> None:
 @click.option("--autocast/--no-autocast", default=True, show_default=True, help="bf16 matrix products, fp32 weights.")
 @click.option("--compile/--no-compile", "compiled", default=False, show_default=True, help="torch.compile the model.")
 @click.option("--resume", is_flag=True, help="Continue from WORK/checkpoint.pt.")
-def train(work, steps, batch, peak, warmup, threads, save_seconds, autocast, compiled, resume) -> None:
+def train(work, steps, stop, cooldown, batch, peak, warmup, threads, save_seconds, autocast, compiled, resume) -> None:
     """Train; the result depends on the seed and the options, not on the time."""
     torch.set_num_threads(threads)
     torch.manual_seed(SEED)
@@ -291,12 +294,12 @@ def train(work, steps, batch, peak, warmup, threads, save_seconds, autocast, com
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     forward = torch.compile(model) if compiled else model
-    click.echo(f"{model.num_parameters():,} parameters, {len(tokens):,} tokens, steps {first}..{steps}")
+    click.echo(f"{model.num_parameters():,} parameters, {len(tokens):,} tokens, steps {first}..{stop}")
     started = saved = time.monotonic()
     average = None
-    for step in range(first, steps):
+    for step in range(first, stop):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, peak, warmup)
+            group["lr"] = learning_rate(step, steps, peak, warmup, stop, cooldown)
         window = batch_at(tokens, step, batch, CONTEXT)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             logits = forward(input_ids=window[:, :-1], use_cache=False).logits
@@ -309,8 +312,8 @@ def train(work, steps, batch, peak, warmup, threads, save_seconds, autocast, com
         done = step + 1
         if done % 20 == 0:
             rate = (done - first) * batch * CONTEXT / (time.monotonic() - started)
-            click.echo(f"step {done}/{steps} loss {average:.4f} {rate:.0f} tokens/s {time.strftime('%H:%M:%S')}")
-        if time.monotonic() - saved > save_seconds or done == steps:
+            click.echo(f"step {done}/{stop} loss {average:.4f} {rate:.0f} tokens/s {time.strftime('%H:%M:%S')}")
+        if time.monotonic() - saved > save_seconds or done == stop:
             saved = time.monotonic()
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": done}
             torch.save(state, work / "checkpoint.tmp")
