@@ -83,3 +83,47 @@ def write_loss_curve(folder: Path, losses: list[tuple[int, float]]) -> bool:
     axes.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=130)
     return True
+
+
+_MERGED_CARD = """# {title}
+
+The sparse model `{base}` with the {kind} adapter `{adapter}` folded into its kept values. The mask is that of the base
+model, byte for byte: {weights} compressed weights, pattern {pattern}.
+
+```python
+import sparse_rt  # registers the format with transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/{title}")
+tokenizer = AutoTokenizer.from_pretrained("path/to/{title}")
+```
+
+Without `import sparse_rt`, transformers stops with "no file named model.safetensors". `vllm serve path/to/{title}`
+needs `pip install "sparse-rt[vllm]"`; `sparse-rt export --to dense` writes an ordinary dense model. The manifest
+(`sparse_rt.manifest.json`) holds the digests of the base model's manifest, of the adapter and of every tensor.
+"""
+
+
+def write_merged_card(folder: Path, title: str, checkpoint, about: dict[str, Any], adapter) -> None:
+    """README.md of a merged model; licence, language and tags are those of the base model's card."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    source = about["source"]
+    inherited: dict[str, Any] = {}
+    if (checkpoint.folder / "README.md").is_file():
+        try:
+            inherited = ModelCard.load(checkpoint.folder / "README.md", ignore_metadata_errors=True).data.to_dict()
+        except Exception:  # a card is free text; a broken one must not stop a merge
+            inherited = {}
+    pattern = checkpoint.quantization.pattern
+    inherited.setdefault("tags", ["sparse-rt", "sparsity", f"pattern:{pattern}"])
+    inherited |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    body = _MERGED_CARD.format(
+        title=title,
+        base=Path(source["model"]).name,
+        kind=adapter.adapter.name,
+        adapter=Path(source["adapter"]).name,
+        weights=len(checkpoint.weights),
+        pattern=pattern,
+    )
+    (folder / "README.md").write_text(f"---\n{ModelCardData(**inherited).to_yaml()}\n---\n\n{body}")

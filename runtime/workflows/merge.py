@@ -1,0 +1,177 @@
+"""``sparse-rt merge``: fold an adapter into the compressed values, weight by weight, and prove it before publishing."""
+
+from __future__ import annotations
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_rt.checkpoint import (
+    MANIFEST_NAME,
+    Checkpoint,
+    CheckpointWriter,
+    check_output,
+    file_digest,
+    output_directory,
+    read_json,
+)
+from sparse_rt.config import MergeOptions, parse_size
+from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
+from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.optional import require
+from sparse_rt.progress import Progress
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, Any]:
+    """Write ``options.model`` with ``options.adapter`` folded into its values, under the same metadata.
+
+    One weight and one shard in memory, except for the comparison of logits, which loads base and merged model one
+    after the other. Raises ``UserError`` / ``FormatError`` for an adapter that is damaged or belongs to another model,
+    ``CheckFailed`` when the result is not what base + adapter computes; the output folder appears only after the proof.
+    """
+    progress = progress or Progress()
+    start = time.perf_counter()
+    output = check_output(options.output_dir, options.overwrite)
+    if options.dtype not in ("auto", *DTYPES):
+        raise UserError(f"dtype {options.dtype!r} is unknown; allowed are auto, {', '.join(DTYPES)}")
+    require("peft", extra="train")
+    from sparse_rt.training.saved import SavedAdapter
+
+    checkpoint = Checkpoint.open(options.model)
+    adapter = SavedAdapter.open(options.adapter)
+    for folder in (checkpoint.folder, adapter.folder):
+        refuse_same_folder(folder, output)
+    adapter.check(checkpoint)
+    notes = _check_base(options, checkpoint, adapter)
+    for note in notes:
+        progress.note(note)
+    with output_directory(output, options.overwrite) as partial:
+        result = _write(options, checkpoint, adapter, partial, progress)
+        if options.verify:
+            result |= _prove(checkpoint, adapter, partial, progress, notes)
+        else:
+            notes.append("the merged model was not compared with base + adapter (--no-verify)")
+    return {
+        "output_dir": str(output),
+        "model": options.model,
+        "adapter": options.adapter,
+        "adapter_type": adapter.adapter.name,
+        **result,
+        "mask": "identical",
+        "notes": notes,
+        "seconds": round(time.perf_counter() - start, 2),
+        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def _check_base(options: MergeOptions, checkpoint: Checkpoint, adapter) -> list[str]:
+    """Whether the adapter was trained on these very weights; notes for what could not be known."""
+    from sparse_rt.training.digest import base_digest
+
+    trained_on = adapter.config.base_digest
+    if trained_on is None:
+        return ["the adapter does not say which weights it was trained on; only names and shapes were compared"]
+    if trained_on == base_digest(checkpoint):
+        return []
+    message = (
+        f"the adapter was trained on other weights than those of {options.model} (it names "
+        f"{adapter.config.base_model_name_or_path})"
+    )
+    if options.verify:
+        raise UserError(f"{message}; give that model, or --no-verify to merge all the same")
+    return [message]
+
+
+def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path, progress: Progress) -> dict[str, Any]:
+    """Write the merged model into ``partial``; returns figures about it."""
+    from sparse_rt.training.record import write_merged_card
+
+    dtype = DTYPES.get(options.dtype)
+    config = dict(checkpoint.config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = options.dtype
+    writer = CheckpointWriter(partial, config, checkpoint.quantization, parse_size(options.max_shard_size))
+    changed = total = 0
+    progress.stage("merging")
+    for name, entry in progress.track(checkpoint.weights.items(), "weights", len(checkpoint.weights)):
+        values, metadata, moved = _merged(checkpoint, adapter, name, dtype)
+        writer.add_weight(name, entry.pattern, entry.m, entry.n, values, metadata)
+        changed, total = changed + moved, total + values.numel()
+    for name in checkpoint.dense_tensors():
+        tensor = adapter.replaced.get(name)
+        stored = checkpoint.load(name)
+        tensor = stored if tensor is None else tensor.to(stored.dtype)
+        writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
+    writer.flush()
+    about = _about(options, checkpoint, adapter)
+    copy_small_files(checkpoint.folder, partial)
+    write_merged_card(partial, options.output_dir.name, checkpoint, about, adapter)
+    writer.finish(about)
+    return {
+        "merged_weights": len(adapter.parameters),
+        "weights": len(checkpoint.weights),
+        "changed_values_percent": round(100 * changed / max(total, 1), 3),
+        "bytes": writer.total_bytes,
+    }
+
+
+def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int]:
+    """(merged values, metadata, how many values differ from the base); ``CheckFailed`` for NaN or Inf."""
+    from sparse_rt.adapters.effective import effective_values
+    from sparse_rt.training.saved import compressed_weight
+
+    weight = compressed_weight(checkpoint, name)
+    target = dtype or weight.values.dtype
+    plain = weight.values.to(target)
+    values = effective_values(weight, [adapter.update(name)], target) if name in adapter.parameters else plain
+    if not bool(torch.isfinite(values).all()):
+        raise CheckFailed(
+            f"merging gives NaN or Inf in {name} as {str(target).removeprefix('torch.')}; nothing was written, "
+            "try --dtype float32"
+        )
+    return values, weight.metadata, int((values != plain).sum())
+
+
+def _about(options: MergeOptions, checkpoint: Checkpoint, adapter) -> dict[str, Any]:
+    """What the manifest says about the origin of the merged model."""
+    from sparse_rt.training.saved import WEIGHTS_NAME
+
+    path = checkpoint.folder / MANIFEST_NAME
+    parent = read_json(path) if path.is_file() else {}
+    source = {
+        "kind": "merge",
+        "model": options.model,
+        "revision": None,
+        "manifest_sha256": file_digest(path) if path.is_file() else None,
+        "adapter": options.adapter,
+        "adapter_type": adapter.adapter.name,
+        "adapter_sha256": file_digest(adapter.folder / WEIGHTS_NAME),
+    }
+    kept = {key: parent[key] for key in ("coverage_percent", "skipped") if key in parent}
+    parent = {key: parent[key] for key in ("source", "options", "parent") if key in parent}
+    return {"source": source, "options": {"dtype": options.dtype}, **({"parent": parent} if parent else {}), **kept}
+
+
+def _prove(checkpoint: Checkpoint, adapter, partial: Path, progress: Progress, notes: list[str]) -> dict[str, Any]:
+    from sparse_rt.training import proof
+
+    progress.stage("comparing masks and logits with base + adapter")
+    written = Checkpoint.open(partial)
+    proof.check_masks(checkpoint, written)
+    dtype = next(iter(written.weights.values())).dtype
+    found = proof.compare_logits(checkpoint.folder, adapter.folder, partial, dtype)
+    proof.refuse_different(found)
+    if found["logits_error"] > found["adapter_effect"] / 2:
+        notes.append(
+            f"most of the adapter's effect is lost to rounding in {str(dtype).removeprefix('torch.')}; "
+            "merge with --dtype float32 to keep it"
+        )
+        progress.note(notes[-1])
+    return {key: round(value, 8) for key, value in found.items()}
