@@ -1,0 +1,243 @@
+"""Real engines: greedy tokens against transformers on the same compressed model, and folders that must be refused.
+
+All engines run in one process (`vllm_scenarios.py`), about five seconds each. Random models have many near ties in
+bfloat16, where engines that round differently may part; so the families run in float32, where tokens must be equal
+without exception, and the trained model that ships with the project runs in bfloat16 under the near-tie rule.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import helpers
+from sparse_rt import assets
+from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header, sparse_header
+from sparse_rt.checkpoint.header import METADATA_KEY
+from sparse_rt.exporters.vllm.agreement import compare, greedy
+from sparse_rt.formats import get_format
+from sparse_rt.hf.load import load
+
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
+# Between them the families cover biases, tied and own heads, norms of q and k, learned positions, ReLU.
+PROMPTS = [[5, 17, 900, 33], [120, 7, 2000], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
+MAX_TOKENS = 24
+LAYER = "model.layers.0.mlp.down_proj"
+
+
+def family(folder: Path, name: str) -> Path:
+    # 32 is the smallest head that vLLM's attention on CPUs takes.
+    sizes = dict(hidden_size=128, head_dim=32) if name in ("llama", "mistral", "qwen3") else dict(hidden_size=128)
+    sizes |= dict(word_embed_proj_dim=128, init_std=0.1) if name == "opt" else dict(initializer_range=0.1)
+    return helpers.tiny_model(folder, name, dtype=torch.float32, **sizes)
+
+
+def mixed_folder(source: Path, output: Path) -> Path:
+    """Compressed head, one unstructured and one 4:8 weight inside joined layers, and a dense layer."""
+    sparse = SparseConfig(
+        pattern="2:4",
+        ignore=["model.layers.1.mlp.down_proj"],
+        overrides={"re:.*0.*up_proj": {"pattern": "unstructured"}, "re:.*1.*k_proj": {"pattern": "4:8"}},
+    )
+    dense = SourceCheckpoint.open(source)
+    shutil.copytree(source, output, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    writer = CheckpointWriter(output, dense.config, sparse)
+    for name in dense.tensors:
+        module, tensor = name.removesuffix(".weight"), dense.load(name)
+        linear = module.endswith("_proj") or module == "lm_head"
+        pattern = sparse.pattern_for(module) if linear else None
+        if pattern is None:
+            writer.add(name, tensor)
+            continue
+        fmt = get_format(pattern)
+        writer.add_weight(module, pattern, *tensor.shape, *fmt.compress(tensor, fmt.mask_from_scores(tensor.abs(), 0.7)))
+    writer.finish()
+    return output
+
+
+def damaged(source: Path, output: Path, change) -> Path:
+    """A copy whose tensors and described weights went through ``change(tensors, weights)``; the index fits them."""
+    shutil.copytree(source, output)
+    (file,) = output.glob("*.safetensors")
+    tensors, weights = load_file(file), read_header(file).sparse()["weights"]
+    change(tensors, weights)
+    save_file(tensors, file, metadata=sparse_header(weights))
+    (index,) = output.glob("*.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+    return output
+
+
+def forget_metadata(tensors, weights):
+    del tensors[f"{LAYER}.weight_meta"]
+
+
+def forget_weight(tensors, weights):
+    del tensors[f"{LAYER}.weight_meta"], tensors[f"{LAYER}.weight_values"], weights[LAYER]
+
+
+def store_dense(tensors, weights):
+    forget_weight(tensors, weights)
+    tensors[f"{LAYER}.weight"] = torch.zeros(128, 160)
+
+
+def flip_bit(tensors, weights):
+    tensors[f"{LAYER}.weight_bitmask"][7, 3] ^= 4
+
+
+def truncated(source: Path, output: Path) -> Path:
+    shutil.copytree(source, output)
+    (file,) = output.glob("*.safetensors")
+    with file.open("r+b") as opened:
+        opened.truncate(file.stat().st_size - 1000)
+    return output
+
+
+def adapter(folder: Path) -> Path:
+    """A LoRA adapter on q_proj and down_proj with weights large enough to change every token."""
+    torch.manual_seed(1)
+    tensors = {}
+    for layer in range(2):
+        for module, (m, n) in {"self_attn.q_proj": (128, 128), "mlp.down_proj": (128, 160)}.items():
+            name = f"base_model.model.model.layers.{layer}.{module}"
+            tensors[f"{name}.lora_A.weight"] = torch.randn(8, n) * 0.1
+            tensors[f"{name}.lora_B.weight"] = torch.randn(m, 8) * 0.1
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    described = dict(peft_type="LORA", task_type="CAUSAL_LM", r=8, lora_alpha=8, bias="none")
+    modules = ["q_proj", "down_proj"]
+    (folder / "adapter_config.json").write_text(json.dumps({**described, "target_modules": modules}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("vllm")
+    made = {name: helpers.compress_folder(family(root / name, name), root / f"{name}-24", "2:4") for name in FAMILIES}
+    for pattern in ("2:4", "unstructured"):
+        made[pattern] = helpers.compress_folder(assets.model_dir(), root / f"shipped-{pattern[0]}", pattern)
+    made["mixed"] = mixed_folder(root / "llama", root / "mixed")
+    made["adapter"] = adapter(root / "adapter")
+    ragged = helpers.compress_folder(root / "llama", root / "ragged", "unstructured")
+    made["missing tensor"] = damaged(made["llama"], root / "bad-1", forget_metadata)
+    made["missing weight"] = damaged(made["llama"], root / "bad-2", forget_weight)
+    made["dense weight"] = damaged(made["llama"], root / "bad-3", store_dense)
+    made["flipped bit"] = damaged(ragged, root / "bad-4", flip_bit)
+    made["truncated"] = truncated(ragged, root / "bad-5")
+    return made
+
+
+BAD = ("missing tensor", "missing weight", "dense weight", "flipped bit", "truncated")
+
+
+@pytest.fixture(scope="module")
+def answers(folders, tmp_path_factory):
+    """Every engine, in one process."""
+    eager = {"enforce_eager": True}
+    job = [{"prompts": PROMPTS, "max_tokens": MAX_TOKENS}]
+    request = {
+        name: {"do": "tokens", "folder": str(folders[name]), "jobs": job, "options": eager}
+        for name in (*FAMILIES, "2:4", "unstructured", "mixed", *BAD)
+    }
+    request["float32"] = {**request["2:4"], "options": {**eager, "dtype": "float32"}}
+    request["dummy"] = {**request["unstructured"], "options": {**eager, "load_format": "dummy"}}
+    request["inside"] = {"do": "inside", "folder": str(folders["llama"]), "options": eager}
+    adapted = dict(prompts=PROMPTS, max_tokens=MAX_TOKENS, adapter=str(folders["adapter"]))
+    request["lora"] = {**request["inside"], **adapted, "do": "lora", "options": {**eager, "enable_lora": True}}
+    scratch = tmp_path_factory.mktemp("scenarios")
+    (scratch / "request.json").write_text(json.dumps(request))
+    command = [sys.executable, str(Path(__file__).with_name("vllm_scenarios.py"))]
+    command += [str(scratch / "request.json"), str(scratch / "response.json")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SPARSE_RT")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads((scratch / "response.json").read_text())
+
+
+def served(answer):
+    assert "error" not in answer, answer
+    return answer["jobs"][0]["tokens"]
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "mixed"])
+def test_every_family_says_the_same_as_transformers(answers, folders, name):
+    report = compare(greedy(load(folders[name]), PROMPTS, MAX_TOKENS), served(answers[name]), torch.float32)
+    assert report["compared"] == report["equal"] == len(PROMPTS) * MAX_TOKENS, report
+    assert len({token for tokens in served(answers[name]) for token in tokens}) > 5  # not one token over and over
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_bfloat16_agrees_with_transformers_but_for_near_ties(answers, folders, pattern):
+    report = compare(greedy(load(folders[pattern]), PROMPTS, MAX_TOKENS), served(answers[pattern]), torch.bfloat16)
+    assert not report["differences"] and report["equal"] >= MAX_TOKENS, report
+
+
+def test_another_dtype_is_converted(answers, folders):
+    model = load(folders["2:4"], dtype=torch.float32)
+    report = compare(greedy(model, PROMPTS, MAX_TOKENS), served(answers["float32"]), torch.float32)
+    assert report["equal"] == report["compared"], report
+
+
+def test_dummy_weights_generate(answers):
+    assert [len(tokens) for tokens in served(answers["dummy"])] == [MAX_TOKENS] * len(PROMPTS)
+
+
+def test_lora_on_compressed_layers(answers, folders):
+    model = load(folders["llama"], dequantize=True)
+    tensors = load_file(folders["adapter"] / "adapter_model.safetensors")
+    for name, a in tensors.items():
+        if name.endswith("lora_A.weight"):
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            with torch.no_grad():
+                model.get_submodule(module).weight += tensors[name.replace("lora_A", "lora_B")] @ a
+    report = compare(greedy(model, PROMPTS, MAX_TOKENS), answers["lora"]["tokens"], torch.float32)
+    assert report["equal"] == report["compared"], report
+
+
+def test_weights_stay_compressed_in_the_engine(answers, folders):
+    inside = answers["inside"]
+    joined = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.qkv_proj", "mlp.gate_up_proj")]
+    single = [f"model.layers.{i}.{part}" for i in range(2) for part in ("self_attn.o_proj", "mlp.down_proj")]
+    assert sorted(inside["sparse_layers"]) == sorted(joined + single)
+    (file,) = folders["llama"].glob("*.safetensors")
+    header = read_header(file)
+    stored = sum(e.nbytes for name, e in header.tensors.items() if "weight_values" in name or "weight_meta" in name)
+    resident = {name: n for name, n in inside["bytes"].items() if name.rpartition(".")[0] in inside["sparse_layers"]}
+    assert sum(resident.values()) == stored
+    assert {name.rpartition(".")[2] for name in resident} == {"weight_packed", "weight_metadata"}
+
+
+def test_a_serving_process_does_not_import_peft(answers):
+    assert answers["inside"]["imported"] == []
+
+
+def test_reloading_weights_is_refused(answers):
+    assert "reload_weights" in answers["inside"]["reload"] and "start a new engine" in answers["inside"]["reload"]
+
+
+@pytest.mark.parametrize(
+    "name,text",
+    [
+        ("missing tensor", f"tensor {LAYER}.weight_meta is missing"),
+        ("missing weight", f"missing {LAYER}.weight_values, {LAYER}.weight_meta"),
+        ("dense weight", f"unexpected tensor {LAYER}.weight (128, 160)"),
+        ("flipped bit", f"{LAYER}: weight_bitmask marks"),
+        ("truncated", "truncated: tensor"),
+    ],
+)
+def test_bad_folders_are_refused_with_the_name_of_the_tensor(answers, name, text):
+    assert text in answers[name]["error"], answers[name]
+    assert answers[name]["bad_input"]
+
+
+def test_headers_carry_what_the_engine_needs(folders):
+    (file,) = folders["llama"].glob("*.safetensors")
+    assert LAYER in json.loads(read_header(file).metadata[METADATA_KEY])["weights"]
