@@ -110,7 +110,7 @@ def _inherited(source: Path) -> dict[str, Any]:
     from huggingface_hub import ModelCard
 
     path = source / "README.md"
-    if not path.is_file():
+    if not path.is_file() or not path.read_text(errors="replace").startswith("---"):
         return {}
     try:
         data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
