@@ -8,8 +8,13 @@ from typing import Any
 
 from sparse_rt.checkpoint import Checkpoint, is_sparse_checkpoint, output_directory, resolve_model
 from sparse_rt.config import ExportOptions
+from sparse_rt.conversion.files import refuse_same_folder
 from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.formats import get_format
 from sparse_rt.progress import Progress
+
+# What holds weights in an export; tokenizer, configuration and README do not count for compression.
+_WEIGHT_FILES = (".safetensors", ".onnx", ".onnx.data")
 
 
 def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str, Any]:  # noqa: B008 (stateless)
@@ -28,6 +33,7 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
             f"{options.model} is not a sparse-rt model, so there is nothing compressed to export; make one with "
             "`sparse-rt convert MODEL -o DIR`"
         )
+    refuse_same_folder(source, Path(options.output_dir))
     checkpoint = Checkpoint.open(source)
     begin = time.perf_counter()
     failure: CheckFailed | None = None
@@ -50,7 +56,7 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
         "output_dir": str(Path(options.output_dir)),
         "files": files,
         "bytes": sum(files.values()),
-        **_sizes(checkpoint, sum(files.values())),
+        **_sizes(checkpoint, sum(size for name, size in files.items() if name.endswith(_WEIGHT_FILES))),
         "facts": facts,
         "check": figures,
         "seconds": {"export": exported - begin, "check": time.perf_counter() - exported if options.check else None},
@@ -58,16 +64,16 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
 
 
 def _sizes(checkpoint: Checkpoint, written: int) -> dict[str, Any]:
-    """Bytes of the source and of the same model stored dense; compression is dense bytes / written bytes."""
+    """Weight bytes of the source, of the same model stored dense, and as written; compression is dense / written."""
     saved = sum(
-        entry.dense_bytes - sum(checkpoint.tensors[f"{name}.{part}"].nbytes for part in _parts(entry.pattern))
+        entry.dense_bytes
+        - sum(checkpoint.tensors[f"{name}.{part}"].nbytes for part in get_format(entry.pattern).tensor_names)
         for name, entry in checkpoint.weights.items()
     )
     dense = checkpoint.total_bytes + saved
-    return {"source_bytes": checkpoint.total_bytes, "dense_bytes": dense, "compression": dense / written}
-
-
-def _parts(pattern: str) -> tuple[str, str]:
-    from sparse_rt.formats import get_format
-
-    return get_format(pattern).tensor_names
+    return {
+        "source_bytes": checkpoint.total_bytes,
+        "dense_bytes": dense,
+        "weight_bytes": written,
+        "compression": dense / written,
+    }

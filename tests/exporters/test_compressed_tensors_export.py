@@ -9,10 +9,11 @@ from safetensors.torch import load_file, save_file
 
 import helpers
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
-from sparse_rt.config import ExportOptions
+from sparse_rt.config import ConvertOptions, ExportOptions
 from sparse_rt.errors import CheckFailed
 from sparse_rt.exporters.compressed_tensors import CompressedTensorsExporter, sparse_bitmask
 from sparse_rt.formats import get_format
+from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.export import export
 
 
@@ -62,6 +63,19 @@ def test_folder_holds_the_weights_bit_for_bit(pattern, dense_llama, tmp_path):
         "targets": ["Linear"],
     }
     assert "refuse this folder" in (tmp_path / "ct" / "README.md").read_text()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_convert_reads_it_back_without_loss(pattern, dense_llama, tmp_path):
+    source = helpers.compress_folder(dense_llama, tmp_path / "sparse", pattern)
+    exported(source, tmp_path / "ct")
+    convert(
+        ConvertOptions.build(model=str(tmp_path / "ct"), output_dir=tmp_path / "back", pattern=pattern, method="none")
+    )
+    first, back = Checkpoint.open(source), Checkpoint.open(tmp_path / "back")
+    assert first.weights.keys() == back.weights.keys()
+    for name in first.tensors:
+        assert torch.equal(first.load(name), back.load(name)), name
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,9 @@ def dense(source, output, **options):
     return export(ExportOptions.build(model=str(source), output_dir=output, to="dense", **options))
 
 
-def test_plain_transformers_agrees_in_a_fresh_process(sparse_llama, tmp_path):
-    result = dense(sparse_llama, tmp_path / "dense", check=True)
+def test_plain_transformers_agrees_in_a_fresh_process(dense_llama, tmp_path):
+    source = helpers.compress_folder(dense_llama, tmp_path / "sparse", "unstructured")
+    result = dense(source, tmp_path / "dense", check=True)
     assert result["check"]["max_difference"] <= 1e-5 * max(1.0, result["check"]["logit_scale"])
     assert result["check"]["weights_equal"] == 14
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())

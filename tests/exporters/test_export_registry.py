@@ -61,6 +61,13 @@ def test_an_unknown_option_is_refused_and_nothing_is_left(name, source, tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_an_export_over_its_own_source_is_refused(source):
+    before = sorted(file.name for file in source.iterdir())
+    with pytest.raises(UserError, match="holds the source model"):
+        run(source, source, to="dense", overwrite=True)
+    assert sorted(file.name for file in source.iterdir()) == before
+
+
 @pytest.mark.parametrize("name", ["dense", "compressed-tensors", "vllm"])
 def test_exports_never_touch_the_source_or_an_occupied_folder(name, source, tmp_path):
     before = {file.name: file.read_bytes() for file in source.iterdir()}
