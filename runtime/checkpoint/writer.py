@@ -170,7 +170,7 @@ class CheckpointWriter:
         files = {
             str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
             for file in sorted(self.folder.rglob("*"))
-            if file.is_file() and file.name != JOURNAL_NAME
+            if file.is_file() and file.name != JOURNAL_NAME and not file.name.startswith(".")
         }
         tensors = {name: digest for shard in self._shards for name, digest in shard.tensors.items()}
         head = {"format_version": FORMAT_VERSION, "producer": str(self.sparse.producer)}

@@ -12,7 +12,7 @@ _SKIPPED_SUFFIXES = {
     *(".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".npz"),
     *(".ot", ".tflite", ".tmp", ".lock"),
 }
-_SKIPPED_NAMES = {"config.json", "README.md", "progress.json", "facts.jsonl", "sparse_rt.manifest.json"}
+_SKIPPED_NAMES = {"config.json", "README.md", "progress.json", "sparse_rt.manifest.json"}
 
 
 def copy_small_files(source: Path, output: Path) -> list[str]:

@@ -19,7 +19,7 @@ from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.progress import Progress
 from sparse_rt.pruning import ActivationStats, BlockRunner
 
-FACTS_NAME = "facts.jsonl"
+FACTS_NAME = ".facts.jsonl"  # hidden: the manifest does not list it, it goes when everything else is in place
 
 
 class Facts:
@@ -62,7 +62,7 @@ class Writing:
         self.done = writer.done
         self.facts = Facts(writer.folder, resume)
         if any(d.pattern and d.name in self.done and d.name not in self.facts.known for d in plan.decisions.values()):
-            raise UserError("cannot resume: facts.jsonl of the unfinished conversion is damaged; start over")
+            raise UserError("cannot resume: the notes of the unfinished conversion are damaged; start over")
         for name, fact in self.facts.known.items():
             decision = plan.decisions.get(f"{name}.weight")
             if decision is not None and "reason" in fact:

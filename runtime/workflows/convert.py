@@ -79,7 +79,6 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
     writing = Writing(plan, writer, device, plan.options.resume)
     write_weights(writing, runner, tokens, progress)
     facts = report(plan, writing.facts.known, writer)
-    writing.facts.remove()
     writer.sparse = plan.sparse_config()  # weights may have stayed dense because of what their data showed
     copy_small_files(plan.source.folder, writer.folder)
     about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
@@ -87,6 +86,7 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
     kept = ("coverage_percent", "skipped", "reconstruction_error")
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
+    writing.facts.remove()
     return about | facts
 
 
