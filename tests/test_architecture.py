@@ -38,7 +38,7 @@ ALLOWED = {
     "adapters": KERNELS | {"nn", "hooks"},
     "pruning": FORMATS | {"data", "assets"},
     "conversion": MODEL | {"pruning"},
-    "training": MODEL | {"adapters"},
+    "training": MODEL | {"hf", "adapters"},
     "exporters": MODEL | {"hf"},
     "benchmarking": MODEL | {"hf", "adapters", "exporters", "version"},
     "workflows": MODEL | {"hf", "adapters", "pruning", "conversion", "training", "exporters", "benchmarking"},

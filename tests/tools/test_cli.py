@@ -44,7 +44,7 @@ def test_help_answers_in_half_a_second():
         (["eval"], "Missing argument 'MODEL'"),
         (["eval", "{dense}", "--max-seq-len", "1"], "option max_seq_len"),
         (["eval", "{dense}", "--max-seq-len", "many"], "not a valid integer"),
-        (["eval", "{dense}", "--colour", "red"], "No such option: --colour"),
+        (["eval", "{dense}", "--colour", "red"], "No such option"),
         (["eval", "{tmp}/nothing"], "neither a local folder nor a reachable hub model"),
         (["eval", "{dense}", "--dataset", "{tmp}/missing.txt"], "missing.txt"),
         (["eval", "{dense}", "--json", "{tmp}/no/folder.json"], "does not exist"),
@@ -81,8 +81,9 @@ def test_json_on_standard_output_is_the_only_thing_there(capsys, sparse_llama, t
     code, out, _ = call(capsys, *arguments)
     result = json.loads(out)
     assert code == 0 and result["context_length"] == 64 and result["windows"] == 3 and result["tokens"] == 3 * 63
-    code, out, err = call(capsys, *arguments[:-1], tmp_path / "r.json", "--quiet")
-    assert (code, out, err.strip()) == (0, "", "") or "Warning" in err
+    command = [sys.executable, "-m", "sparse_rt", *arguments[:-1], tmp_path / "r.json", "--quiet"]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "")
     assert json.loads((tmp_path / "r.json").read_text())["perplexity"] == result["perplexity"]
 
 
