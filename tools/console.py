@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from sparse_rt.errors import UserError
 from sparse_rt.progress import Progress
+from sparse_rt.report import size
 
 T = TypeVar("T")
 
@@ -70,7 +71,8 @@ def table(title: str, columns: list[str], rows: Iterable[Iterable[Any]]):
     from rich import box
     from rich.table import Table
 
-    built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold")
+    named = any(columns)
+    built = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, header_style="bold", show_header=named)
     for column in columns:
         built.add_column(column.removesuffix(">"), justify="right" if column.endswith(">") else "left", overflow="fold")
     for row in rows:
@@ -93,5 +95,9 @@ def facts(title: str, result: dict[str, Any], skip: tuple[str, ...] = ()):
     for name, value in result.items():
         if name in skip or isinstance(value, (dict, list)) or value is None:
             continue
-        rows.append((name.replace("_", " "), f"{value:.6g}" if isinstance(value, float) else value))
+        if name.endswith("bytes"):
+            value = size(value)
+        elif isinstance(value, float):
+            value = f"{value:.6g}"
+        rows.append((name.replace("_", " "), value))
     return table(title, ["", ""], rows)

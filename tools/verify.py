@@ -11,7 +11,10 @@ def report(result: dict[str, Any]) -> None:
     for note in result["notes"]:
         show(f"note: {note}")
     if result.get("against"):
-        show(facts(f"against {result['against']['model']}", result["against"], skip=("model",)))
+        against = result["against"]
+        masks = ", ".join(f"{state} in {count}" for state, count in against["masks"].items() if count)
+        shown = {"masks": f"{masks} of {len(against['weights'])} weights", **against}
+        show(facts(f"against {against['model']}", shown, skip=("model",)))
     if result["ok"]:
         show(f"ok: {result['files']} files, {result['tensors']} tensors, {result['weights']} compressed weights")
 
