@@ -13,7 +13,7 @@ def report(result: dict[str, Any]) -> None:
     if result.get("against"):
         against = result["against"]
         masks = ", ".join(f"{state} in {count}" for state, count in against["masks"].items() if count)
-        shown = {"masks": f"{masks} of {len(against['weights'])} weights", **against}
+        shown = {**against, "masks": f"{masks} of {len(against['weights'])} weights"}
         show(facts(f"against {against['model']}", shown, skip=("model",)))
     if result["ok"]:
         show(f"ok: {result['files']} files, {result['tensors']} tensors, {result['weights']} compressed weights")
