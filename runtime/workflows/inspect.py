@@ -163,7 +163,8 @@ def obeyed_patterns(kept: Tensor) -> list[str]:
 
 
 def suggestion(weights: list[dict[str, Any]]) -> str:
-    """How to convert a model with these weights."""
+    """How to convert a model with these weights; the head is left dense anyway."""
+    weights = [w for w in weights if w["name"] != "lm_head"]
     pruned = [w for w in weights if w["sparsity"] > 1 - MAX_DENSITY]
     if not pruned:
         return "the weights are dense: choose a method, for example convert --method wanda --pattern 2:4"
