@@ -48,7 +48,7 @@ def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> N
         "trainable parameters": f"{result['trainable_parameters']:,}",
         "data": result["dataset"],
         "steps": f"{result['steps']:,} ({result['rows']:,} rows)",
-        "loss": f"{result['first_loss']:.4f} at the first log entry, {result['last_loss']:.4f} over the last tenth",
+        "loss": f"{result['first_loss']:.4f} over the first tenth of the log, {result['last_loss']:.4f} over the last",
         "training time": f"{duration(result['seconds'])} on {result['device']}",
         "tokens a second": f"{result['tokens_per_second']:.0f}",
         "peak memory": size(result["peak_memory_bytes"]),

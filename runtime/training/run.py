@@ -83,13 +83,20 @@ class Trained:
 
     @property
     def first_loss(self) -> float:
-        return self.losses[0][1]
+        return _mean(self.losses[: self._tenth])
 
     @property
     def last_loss(self) -> float:
-        """Mean of the last tenth of the log: a single batch says little."""
-        tail = self.losses[-max(1, len(self.losses) // 10) :]
-        return sum(loss for _, loss in tail) / len(tail)
+        return _mean(self.losses[-self._tenth :])
+
+    @property
+    def _tenth(self) -> int:
+        # Not the first and the last entry: single batches differ by more than a short training gains.
+        return max(1, len(self.losses) // 10)
+
+
+def _mean(losses: list[tuple[int, float]]) -> float:
+    return sum(loss for _, loss in losses) / len(losses)
 
 
 def train(
