@@ -41,14 +41,16 @@ def generate_tokens(
     max_tokens: int,
     enforce_eager: bool = True,
     env: dict[str, str] | None = None,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Continue ``prompts`` (texts or token ids) greedily, all in one batch, up to ``max_tokens`` tokens each.
 
     Returns ``tokens`` (a list of token ids for each prompt), ``prompt_tokens`` (their numbers), ``load_s`` (building
-    the engine), ``generate_s``, ``engine`` and ``platform``. Errors as ``run_engine``.
+    the engine), ``generate_s``, ``engine`` and ``platform``. Errors and ``options`` as ``run_engine``; mind that vLLM
+    runs a float32 folder in bfloat16 unless ``options`` has a ``dtype``.
     """
     job = {"prompts": list(prompts), "max_tokens": max_tokens}
-    result = run_engine(folder, [job], enforce_eager=enforce_eager, env=env)
+    result = run_engine(folder, [job], enforce_eager=enforce_eager, env=env, options=options)
     return {**result, **result.pop("jobs")[0]}
 
 
@@ -153,8 +155,10 @@ def _encode(folder: str, jobs: list[dict[str, Any]]) -> None:
 
 def explain_failure(error: Exception) -> dict[str, Any]:
     """What ``run_engine`` reports of a failure: its text in one line, and whether the input was at fault."""
-    text = " ".join(str(error).split())
-    return {"error": f"{type(error).__name__}: {text}", "bad_input": isinstance(error, ValueError)}
+    if hasattr(error, "errors"):  # pydantic wraps what our checks raise while vLLM validates its configuration
+        causes = [problem.get("ctx", {}).get("error") for problem in error.errors()]
+        error = next((cause for cause in causes if isinstance(cause, Exception)), error)
+    return {"error": " ".join(str(error).split()), "bad_input": isinstance(error, ValueError)}
 
 
 def main(request_path: str, response_path: str) -> None:

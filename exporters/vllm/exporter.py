@@ -65,8 +65,9 @@ class VLLMExporter(Exporter):
 
         tokenizer = load_tokenizer(source)
         prompts = [tokenizer(text)["input_ids"] for text in CHECK_PROMPTS]
-        served = generate_tokens(output, prompts, CHECK_TOKENS)
         model = load(source)
+        dtype = str(model.dtype).removeprefix("torch.")
+        served = generate_tokens(output, prompts, CHECK_TOKENS, options={"dtype": dtype})
         report = compare(greedy(model, prompts, CHECK_TOKENS), served["tokens"], model.dtype)
         result = {
             **report,
