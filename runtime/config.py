@@ -76,6 +76,14 @@ class ConvertOptions(Options):
     def _pattern(cls, value):
         return check_pattern(value)
 
+    @field_validator("overrides", mode="before")
+    @classmethod
+    def _overrides(cls, value):
+        if isinstance(value, dict):
+            for pattern in value.values():
+                check_pattern(pattern)
+        return value
+
     @field_validator("sparsity")
     @classmethod
     def _sparsity(cls, value):
@@ -204,16 +212,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return data
 
 
-def parse_assignments(assignments: list[str]) -> dict[str, Any]:
-    """["learning_rate=2e-5", ...] -> dictionary; values are read as YAML, "2e-5" as the number it looks like."""
+def parse_assignments(assignments: list[str], text: bool = False) -> dict[str, Any]:
+    """["learning_rate=2e-5", ...] -> dictionary; values are read as YAML, "2e-5" as the number it looks like.
+
+    With ``text`` every value stays the text it is.
+    """
     import yaml
 
     parsed: dict[str, Any] = {}
-    for text in assignments:
-        name, equals, value = text.partition("=")
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
         if not equals or not name:
-            raise UserError(f"--set {text!r}: write KEY=VALUE")
-        parsed[name.strip()] = number(yaml.safe_load(value) if value else "")
+            raise UserError(f"{assignment!r}: write KEY=VALUE")
+        parsed[name.strip()] = value.strip() if text else number(yaml.safe_load(value) if value else "")
     return parsed
 
 

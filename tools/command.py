@@ -127,7 +127,8 @@ def _parsed(options_class: type[Options], values: dict[str, Any]) -> dict[str, A
     for name, value in values.items():
         kind = _without_none(options_class.model_fields[name].annotation)
         if get_origin(kind) is dict:
-            value = parse_assignments(list(value))
+            # Values declared as text stay text: YAML would read the pattern of NAME=2:4 as a number.
+            value = parse_assignments(list(value), text=get_args(kind)[1] is str)
         elif get_origin(kind) is list:
             value = list(value)
         parsed[name] = value

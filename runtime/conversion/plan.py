@@ -195,7 +195,8 @@ def _check_options(options: ConvertOptions) -> list[str]:
     if options.dtype != "auto" and options.dtype not in DTYPES:
         raise UserError(f"dtype {options.dtype!r} is not known; allowed are auto, {', '.join(DTYPES)}")
     fixed = fmt.default_sparsity
-    if fixed is not None and "sparsity" in options.model_fields_set and abs(options.sparsity - fixed) > 1e-9:
+    used = fixed is None or "unstructured" in options.overrides.values()
+    if not used and "sparsity" in options.model_fields_set and abs(options.sparsity - fixed) > 1e-9:
         raise UserError(
             f"sparsity {options.sparsity} contradicts the pattern {fmt.pattern}, which removes {fixed:g}; leave "
             "--sparsity out, or choose --pattern unstructured"

@@ -301,6 +301,21 @@ def test_options_that_cannot_work(families, tmp_path):
     assert "calibration sequences have 256 tokens" in notes[1]
 
 
+def test_patterns_stay_text_on_the_command_line(families, tmp_path):
+    """YAML reads 4:8 as the number 248."""
+    from click.testing import CliRunner
+    from sparse_rt.tools.convert import command
+
+    arguments = ["--overrides", "down_proj=4:8", "--overrides", "o_proj=unstructured", "--sparsity", "0.75", "--quiet"]
+    outcome = CliRunner().invoke(command, [str(families["llama"]), "-o", str(tmp_path / "out"), *arguments])
+    assert outcome.exit_code == 0, outcome.output
+    weights = Checkpoint.open(tmp_path / "out").weights
+    assert weights["model.layers.0.mlp.down_proj"].pattern == "4:8"
+    assert weights["model.layers.0.self_attn.o_proj"].sparsity == 0.75
+    with pytest.raises(UserError, match="pattern 248 is a number; YAML reads"):
+        run(families["llama"], tmp_path / "yaml", overrides={"down_proj": 248})
+
+
 def test_dry_run_reads_headers_only(tmp_path):
     """A 140 GB Llama of holes: one read of its data would take minutes and give a different plan than its header."""
     config = LlamaConfig(
