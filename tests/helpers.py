@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -116,3 +119,25 @@ def edit_config(folder: Path, **changes) -> None:
     config = json.loads(path.read_text())
     config["quantization_config"] |= changes
     path.write_text(json.dumps(config))
+
+
+def run_until_killed(workflow: str, options, after: int, cwd: Path) -> None:
+    """Run ``sparse_rt.workflows.<workflow>`` in a process that kills itself (kill -9) after ``after`` tracked steps."""
+    code = f"""
+import os, signal
+from sparse_rt.config import {type(options).__name__}
+from sparse_rt.progress import Progress
+from sparse_rt.workflows.{workflow} import {workflow}
+
+class Kill(Progress):
+    def track(self, items, description, total=None):
+        for done, item in enumerate(items):
+            if done == {after}:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield item
+
+{workflow}({type(options).__name__}(**{options.model_dump(mode="json")!r}), Kill())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False)
+    if done.returncode != -signal.SIGKILL:
+        raise AssertionError(f"{workflow} was not killed: exit code {done.returncode}\n{done.stderr[-2000:]}")

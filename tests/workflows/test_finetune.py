@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -111,24 +110,7 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(options, tmp_path, adapte
 
 @pytest.mark.slow
 def test_kill_9_leaves_no_half_adapter_and_resumes_to_the_bit(options, tmp_path):
-    fields = options("out").model_dump(mode="json")
-    code = f"""
-import os, signal
-from sparse_rt.config import FinetuneOptions
-from sparse_rt.progress import Progress
-from sparse_rt.workflows.finetune import finetune
-
-class Kill(Progress):
-    def track(self, items, description, total=None):
-        for done, item in enumerate(items):
-            if done == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield item
-
-finetune(FinetuneOptions(**{fields!r}), Kill())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    helpers.run_until_killed("finetune", options("out"), after=5, cwd=tmp_path)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"checkpoint-3; pass --resume to go on from it, or --overwrite"):
         finetune(options("out"))

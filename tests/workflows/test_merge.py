@@ -2,9 +2,6 @@
 
 import json
 import shutil
-import signal
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -231,24 +228,7 @@ def test_bad_output_and_dtype_are_refused(base, adapter, options, tmp_path):
 
 @pytest.mark.slow
 def test_kill_9_leaves_no_half_model(options, tmp_path):
-    fields = options().model_dump(mode="json")
-    code = f"""
-import os, signal
-from sparse_rt.config import MergeOptions
-from sparse_rt.progress import Progress
-from sparse_rt.workflows.merge import merge
-
-class Kill(Progress):
-    def track(self, items, description, total=None):
-        for done, item in enumerate(items):
-            if done == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            yield item
-
-merge(MergeOptions(**{fields!r}), Kill())
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
+    helpers.run_until_killed("merge", options(), after=5, cwd=tmp_path)
     assert not (tmp_path / "out").exists()
     assert merge(options())["logits_error"] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
