@@ -86,7 +86,6 @@ def _run(
     progress.stage("loading the model")
     set_seed(options.seed)
     model = run.attach(load(checkpoint.folder), config, _base_name(options), options.revision, digests["base"])
-    progress.stage("training")
     trained = run.train(model, dataset, pad_token_id, arguments, resumed, progress)
     trained.trainer.save_model(str(work / "final"))
     result = {

@@ -99,8 +99,7 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
         config["dtype"] = options.dtype
     writer = CheckpointWriter(partial, config, checkpoint.quantization, parse_size(options.max_shard_size))
     changed = total = 0
-    progress.stage("merging")
-    for name, entry in progress.track(checkpoint.weights.items(), "weights", len(checkpoint.weights)):
+    for name, entry in progress.track(checkpoint.weights.items(), "merging", len(checkpoint.weights)):
         values, metadata, moved = _merged(checkpoint, adapter, name, dtype)
         writer.add_weight(name, entry.pattern, entry.m, entry.n, values, metadata)
         changed, total = changed + moved, total + values.numel()
