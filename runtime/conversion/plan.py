@@ -62,6 +62,7 @@ class Plan:
     outside: list[str]
     blocks: list[list[str]]
     blocks_name: str | None
+    unmatched: list[str]  # linear modules of the model without a tensor of their name
     notes: list[str]
 
     def stored_dtype(self, tensor: SourceTensor) -> torch.dtype:
@@ -73,8 +74,7 @@ class Plan:
         fused = {match[1] for name in left if (match := re.match(r"(.*\.experts)(\.|$)", name))}
         ignore = [name for name in left if not any(name.startswith(prefix) for prefix in fused)]
         ignore += [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(fused)]
-        if self.structure.tied_head and self.structure.tied_head not in ignore:
-            ignore.append(self.structure.tied_head)
+        ignore += [name for name in self.unmatched if name not in ignore]
         overrides = {name: Override(pattern=pattern) for name, pattern in self.options.overrides.items()}
         return SparseConfig(pattern=self.options.pattern, ignore=ignore, overrides=overrides)
 
@@ -173,7 +173,12 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     if not any(d.pattern for d in decisions.values()):
         reasons = sorted({d.reason for d in decisions.values()})
         raise UserError(f"nothing to compress in {source.model}: {'; '.join(reasons) or 'it has no linear weight'}")
-    return Plan(options, source, structure, pruner, decisions, outside, blocks, blocks_name, notes)
+    found = {structure.module_of(key) for key in decisions}
+    unmatched = [name for name in structure.linears if name not in found]
+    missing = [name for name in unmatched if name != structure.tied_head]
+    if missing:
+        notes.append(f"{len(missing)} linear modules have no tensor of their own name, such as {missing[0]}")
+    return Plan(options, source, structure, pruner, decisions, outside, blocks, blocks_name, unmatched, notes)
 
 
 def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner: Pruner) -> str:
@@ -232,6 +237,8 @@ def _decide(
         decision.reason = "tied to the embedding"
     elif kind == kinds.EXPERTS:
         decision.reason = "transformers fuses these mixture-of-experts weights into one tensor: not supported yet"
+    elif kind == kinds.UNKNOWN:
+        decision.reason = "the model has no parameter of this name: transformers renames or drops it while loading"
     elif kind == kinds.FOREIGN:
         decision.reason = f"belongs to {structure.owner(key)}, which is not an nn.Linear"
     elif any(matches(name, pattern) for pattern in options.ignore):

@@ -11,7 +11,8 @@ from sparse_rt.errors import UserError
 
 # Kinds of checkpoint tensors. "experts" and "foreign" hold matrices that multiply activations, but no nn.Linear of
 # the model owns them: transformers fuses experts into one 3-D parameter, and has transposed layers such as Conv1D.
-LINEAR, TIED, EXPERTS, FOREIGN, OTHER = "linear", "tied", "experts", "foreign", "other"
+# "unknown" is a matrix that no parameter is named after: renamed while loading, or not used by this model class.
+LINEAR, TIED, EXPERTS, FOREIGN, UNKNOWN, OTHER = "linear", "tied", "experts", "foreign", "unknown", "other"
 
 
 class Structure:
@@ -56,7 +57,9 @@ class Structure:
             return TIED if module == self.tied_head else LINEAR
         name = self.parameter_of(key)
         if name is None:
-            return EXPERTS if self._fused and dim >= 2 else OTHER
+            if dim < 2 or not (key.endswith(".weight") or self._fused):
+                return OTHER
+            return EXPERTS if self._fused else UNKNOWN
         if self.parameters[name].dim() > 2 and not self._is_convolution(name):
             return EXPERTS
         owner = self.modules[name.rpartition(".")[0]]

@@ -63,7 +63,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
             shutil.rmtree(partial, ignore_errors=True)  # bad input stays bad: there is nothing to resume
             raise
         except BaseException:
-            if not (partial / JOURNAL_NAME).is_file():
+            if (partial / JOURNAL_NAME).is_file():
+                progress.note(f"interrupted: the finished shards are kept in {partial}, --resume goes on with them")
+            else:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     result["output_dir"] = str(output)

@@ -6,6 +6,7 @@ import struct
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MixtralConfig
@@ -19,6 +20,7 @@ from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.pruning import ActivationStats, find_blocks, get_pruner
+from sparse_rt.tools.convert import command
 from sparse_rt.workflows.convert import convert
 
 FAMILIES = ("llama", "qwen2", "qwen3", "mistral", "opt")
@@ -303,9 +305,6 @@ def test_options_that_cannot_work(families, tmp_path):
 
 def test_patterns_stay_text_on_the_command_line(families, tmp_path):
     """YAML reads 4:8 as the number 248."""
-    from click.testing import CliRunner
-    from sparse_rt.tools.convert import command
-
     arguments = ["--overrides", "down_proj=4:8", "--overrides", "o_proj=unstructured", "--sparsity", "0.75", "--quiet"]
     outcome = CliRunner().invoke(command, [str(families["llama"]), "-o", str(tmp_path / "out"), *arguments])
     assert outcome.exit_code == 0, outcome.output
@@ -348,6 +347,30 @@ def test_dry_run_reads_headers_only(tmp_path):
     modules = {module["name"]: module for module in result["modules"]}
     assert len(modules) == 561 and modules["lm_head"]["reason"] == "ignored"
     assert [entry.name for entry in tmp_path.iterdir()] == ["big"]
+
+
+def test_tensors_under_other_names_stay_dense_and_loadable(families, tmp_path):
+    """Layers beyond the model's own (draft heads) are in the file, transformers does not use them."""
+    source = tmp_path / "extra"
+    shutil.copytree(families["llama"], source)
+    name = "model.layers.2.mlp.up_proj"
+    edit_weights(source, lambda t: t.update({f"{name}.weight": torch.randn(160, 64).to(torch.bfloat16)}))
+    result = run(source, tmp_path / "out")
+    reasons = {entry["name"]: entry["reason"] for entry in result["skipped"]}
+    assert "the model has no parameter of this name" in reasons[name]
+    assert result["coverage_percent"] < run(families["llama"], tmp_path / "plain")["coverage_percent"]
+    assert torch.isfinite(load(tmp_path / "out")(torch.ones(1, 4, dtype=torch.long)).logits).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+def test_on_a_gpu(families, method, tmp_path):
+    run(families["llama"], tmp_path / "gpu", method=method, device="cuda")
+    run(families["llama"], tmp_path / "cpu", method=method, device="cpu")
+    gpu, cpu = (Checkpoint.open(tmp_path / name) for name in ("gpu", "cpu"))
+    for name in cpu.weights:
+        equal = (gpu.load_weight(name)[1] == cpu.load_weight(name)[1]).float().mean()
+        assert equal > (0.99 if method != "sparsegpt" else 0.9)
 
 
 def test_the_shipped_model_by_default_options(tmp_path):

@@ -124,9 +124,10 @@ def test_killed_and_resumed_equals_uninterrupted(setting, tmp_path):
 
 def test_ctrl_c_leaves_no_half_model_and_bad_input_leaves_nothing(setting, tmp_path):
     output = tmp_path / "out"
+    progress = Interrupt(KeyboardInterrupt(), after=20)
     with pytest.raises(KeyboardInterrupt):
-        convert(options(setting, output, "magnitude"), Interrupt(KeyboardInterrupt(), after=20))
-    assert not output.exists() and partial_path(output).is_dir()
+        convert(options(setting, output, "magnitude"), progress)
+    assert not output.exists() and partial_path(output).is_dir() and "--resume goes on" in progress.notes[-1]
     with pytest.raises(UserError, match="cannot resume: the unfinished conversion was started .* with other options"):
         convert(options(setting, output, "magnitude", sparsity=0.7, resume=True))
     assert partial_path(output).is_dir()  # a refused resume destroys nothing
