@@ -193,7 +193,7 @@ class CheckpointWriter:
         if journal["fingerprint"] != self.fingerprint:
             raise UserError(
                 "cannot resume: the unfinished conversion was started from another source, with other options or by "
-                "another version; run again without --resume to start over"
+                "another version; give the same ones, or start over with --overwrite"
             )
         shards = [_Shard(**shard) for shard in journal["shards"]]
         for number, shard in enumerate(shards, 1):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rt.checkpoint import CheckpointWriter, check_output, output_directory
+from sparse_rt.checkpoint import CheckpointWriter, check_output, output_directory, partial_path
 from sparse_rt.checkpoint.writer import JOURNAL_NAME
 from sparse_rt.config import ConvertOptions, parse_size
 from sparse_rt.conversion import Plan, Source, Writing, make_plan, open_source, read_structure, write_weights
@@ -37,7 +37,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     """Convert ``options.model``; with ``dry_run`` only say what would be done, from headers.
 
     Raises ``UserError`` / ``FormatError`` for options and sources that cannot work, always before the output folder
-    appears. An interruption keeps the finished shards in a hidden sibling of the output for ``--resume``.
+    appears. An interruption keeps the finished shards in a hidden sibling of the output for ``--resume``; they are
+    thrown away by ``--overwrite`` only.
     """
     progress = progress or Progress()
     start = time.perf_counter()
@@ -53,6 +54,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
         return dry_run(plan)
     tokens = calibration_tokens(plan, progress) if plan.pruner.needs_calibration else None
     mark = fingerprint(plan, tokens, device)
+    refuse_unfinished(output, options)
     with output_directory(output, options.overwrite, resume=options.resume, keep=True) as partial:
         writer = CheckpointWriter(
             partial, stored_config(plan), plan.sparse_config(), parse_size(options.max_shard_size), mark, options.resume
@@ -72,6 +74,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     result["seconds"] = round(time.perf_counter() - start, 2)
     result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
+
+
+def refuse_unfinished(output: Path, options: ConvertOptions) -> None:
+    """Hours of calibration may lie in an unfinished conversion: only ``--overwrite`` throws it away."""
+    if (partial_path(output) / JOURNAL_NAME).is_file() and not (options.resume or options.overwrite):
+        raise UserError(
+            f"an earlier conversion to {output} was interrupted; pass --resume to go on with it, or --overwrite to "
+            "start over"
+        )
 
 
 def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, progress: Progress) -> dict[str, Any]:

@@ -130,7 +130,9 @@ def test_ctrl_c_leaves_no_half_model_and_bad_input_leaves_nothing(setting, tmp_p
     assert not output.exists() and partial_path(output).is_dir() and "--resume goes on" in progress.notes[-1]
     with pytest.raises(UserError, match="cannot resume: the unfinished conversion was started .* with other options"):
         convert(options(setting, output, "magnitude", sparsity=0.7, resume=True))
-    assert partial_path(output).is_dir()  # a refused resume destroys nothing
+    with pytest.raises(UserError, match="was interrupted; pass --resume to go on with it, or --overwrite"):
+        convert(options(setting, output, "magnitude"))
+    assert partial_path(output).is_dir()  # a refusal destroys nothing
     convert(options(setting, output, "magnitude", resume=True))
     convert(options(setting, tmp_path / "straight", "magnitude"))
     assert digests(output) == digests(tmp_path / "straight")
