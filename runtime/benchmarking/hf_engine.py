@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rt.benchmarking.models import Pair, read_files
-from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, generation_rows, in_turn, timed
+from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, calls_note, generation_rows, in_turn, timed
 from sparse_rt.benchmarking.worker import in_fresh_process
 from sparse_rt.config import BenchOptions
 from sparse_rt.device import pick_device
@@ -138,7 +138,7 @@ def inference_rows(
         progress,
         f"prefill and decode, batch {batch}",
     )
-    return generation_rows(NAME, dense, sparse, batch, options, f"each sample is the median of {calls} calls")
+    return generation_rows(NAME, dense, sparse, batch, options, calls_note(calls))
 
 
 def train_row(models: dict[str, nn.Module], options: BenchOptions, progress: Progress) -> Row:

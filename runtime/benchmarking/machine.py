@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -31,7 +32,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "sparse_rt": __version__,
         "commit": commit(),
-        "packages": {name: found for name in PACKAGES if (found := _installed(name))},
+        "packages": {name: found for name in PACKAGES if (found := installed(name))},
     }
 
 
@@ -81,16 +82,16 @@ def _other_seconds() -> float | None:
 
 
 def cpu_name() -> str:
+    """The model name and the instruction sets that the kernels look for."""
     try:
         with open("/proc/cpuinfo") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
+            lines = dict(line.split(":", 1) for line in file if ":" in line)
     except OSError:
-        pass
-    import platform
-
-    return platform.processor() or platform.machine()
+        return platform.processor()
+    fields = {key.strip(): value.strip() for key, value in lines.items()}
+    wanted = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_fp16", "amx_bf16")
+    flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
+    return f"{fields.get('model name', 'unknown')} ({', '.join(flags)})"
 
 
 def commit() -> str | None:
@@ -106,7 +107,7 @@ def commit() -> str | None:
     return done.stdout.strip()
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:

@@ -14,6 +14,7 @@ from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint, is_sparse_checkpo
 from sparse_rt.checkpoint.reader import ModelFolder
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.dense import DenseExporter
+from sparse_rt.report import size
 
 # What must agree for a comparison to mean anything.
 SAME = (
@@ -80,7 +81,7 @@ def temporary_folder(needed: int, what: str, other_way: str) -> Iterator[Path]:
     free = shutil.disk_usage(tempfile.gettempdir()).free
     if free < needed:
         raise UserError(
-            f"{what} needs {needed / 1e9:.1f} GB in {tempfile.gettempdir()}, {free / 1e9:.1f} GB are free; "
+            f"{what} needs {size(needed)} in {tempfile.gettempdir()}, {size(free)} are free; "
             f"set TMPDIR to a larger disk{', ' + other_way if other_way else ''}"
         )
     with tempfile.TemporaryDirectory(prefix="sparse-rt-bench-") as folder:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from sparse_rt.benchmarking.models import Pair, read_files, temporary_folder
-from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, generation_rows, in_turn
+from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, calls_note, generation_rows, in_turn
 from sparse_rt.config import BenchOptions
 from sparse_rt.exporters.folder import file_sizes
 from sparse_rt.exporters.onnx.exporter import OnnxExporter
@@ -115,4 +115,4 @@ def inference_rows(generations: dict, batch: int, steps: int, options: BenchOpti
         progress,
         f"ONNX Runtime: prefill and decode, batch {batch}",
     )
-    return generation_rows(NAME, dense, sparse, batch, options, f"each sample is the median of {calls} calls")
+    return generation_rows(NAME, dense, sparse, batch, options, calls_note(calls))

@@ -102,3 +102,8 @@ def generation_rows(
 
 def _part(dense: list, sparse: list, index: int) -> tuple[list[float], list[float]]:
     return [sample[index] for sample in dense], [sample[index] for sample in sparse]
+
+
+def calls_note(calls: int) -> str | None:
+    """How a sample came about, for the row's note."""
+    return f"each sample is the median of {calls} calls" if calls > 1 else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, entry_points, version
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
 
+from sparse_rt.benchmarking.machine import cpu_name, installed
 from sparse_rt.kernels.backends import FORCE_VARIABLE, OPS, Call, explain
 from sparse_rt.version import __version__
 
@@ -72,23 +73,3 @@ def problems() -> list[str]:
                 f"remove it with: pip uninstall -y {name}"
             )
     return found
-
-
-def installed(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def cpu_name() -> str:
-    """The model name and the instruction sets that the kernels look for."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            lines = dict(line.split(":", 1) for line in file if ":" in line)
-    except OSError:
-        return platform.processor()
-    fields = {key.strip(): value.strip() for key, value in lines.items()}
-    wanted = ("avx2", "avx512f", "avx512_vbmi2", "avx512_bf16", "avx512_fp16", "amx_bf16")
-    flags = [flag for flag in wanted if flag in fields.get("flags", "").split()]
-    return f"{fields.get('model name', 'unknown')} ({', '.join(flags)})"
