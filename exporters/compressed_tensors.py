@@ -27,7 +27,7 @@ LAYOUT_VERSION = "0.14.0"
 
 
 class CompressedTensorsOptions(Options):
-    max_shard_size: str = Field("5GB", description="largest weight file")
+    max_shard_size: str | int = Field("5GB", description="largest weight file")
 
 
 @register_exporter

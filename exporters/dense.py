@@ -37,7 +37,7 @@ with torch.no_grad():
 
 
 class DenseOptions(Options):
-    max_shard_size: str = Field("5GB", description="largest weight file")
+    max_shard_size: str | int = Field("5GB", description="largest weight file")
 
 
 @register_exporter

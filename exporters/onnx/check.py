@@ -151,9 +151,11 @@ def _module_names(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, 
 
 
 def _read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    if external_data_helper.uses_external_data(tensor):
-        external_data_helper.load_external_data_for_tensor(tensor, str(folder))
-    return numpy_helper.to_array(tensor)
+    loaded = onnx.TensorProto()
+    loaded.CopyFrom(tensor)  # the data goes with the copy, not with the model
+    if external_data_helper.uses_external_data(loaded):
+        external_data_helper.load_external_data_for_tensor(loaded, str(folder))
+    return numpy_helper.to_array(loaded)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:

@@ -32,7 +32,7 @@ class OnnxOptions(Options):
     body: Literal["auto", "folding", "streaming"] = Field(
         "auto", description="folding: dense speed and memory after load; streaming: compressed in memory, slow calls"
     )
-    fold_budget: str = Field("4GB", description="largest memory peak of folding at load that auto accepts")
+    fold_budget: str | int = Field("4GB", description="largest memory peak of folding at load that auto accepts")
     opset: int = Field(23, ge=18, le=23, description="ONNX operator set")
 
 

@@ -37,11 +37,13 @@ _POSITIONS = '    feed["position_ids"] = np.arange(length - ids.shape[1], length
 _FORMS = {
     "function": """\
 The compressed layers are operators of domain `sparse_rt` (`BitmaskLinear`, `Sparse24Linear`). Each is defined in the
-file itself, as a model-local function of standard operators, so any ONNX Runtime with opset {opset} runs it without an
-extra library. A runtime that has a kernel of that name uses the kernel instead of the function.
+file itself, as a model-local function of standard operators, so an ONNX Runtime that knows opset {opset} runs it
+without an extra library (opset 23: version 1.23 or newer; `opset=18` also runs on 1.20). A runtime that has a kernel of
+that name uses the kernel instead of the function.
 """,
     "inline": """\
-The decompression is written out in standard operators, for runtimes without model-local functions (OpenVINO).
+The decompression is written out in standard operators, for runtimes without model-local functions. OpenVINO 2026.4
+reads it with `body=folding`; it cannot read the Scan of `body=streaming`.
 """,
     "dense": """\
 Every layer is an ordinary MatMul and the weights are stored dense, zeros included: the file is as large as the dense
@@ -56,12 +58,17 @@ the session, and then runs dense float32 MatMuls: expect the speed and, in the e
 stays small is the file. Opening takes up to {fold} bytes a weight until folding ends, about {peak} here, and glibc
 keeps what was freed until `ctypes.CDLL("libc.so.6").malloc_trim(0)`. If that is too much, export with
 `body=streaming` (small in memory, slow) or `form=dense` (opens quickly).
+
+Measured on a small Llama (3.7 million sparse weights at 2:4, ONNX Runtime 1.31, one thread): 1.2 s and 156 MB at the
+peak to open, against 0.2 s and 69 MB for the dense form; with the freed memory given back both then
+take the same memory and time.
 """,
     "streaming": """\
 The body is *streaming*: without a kernel for the operators, ONNX Runtime decompresses 64 rows at a time in every call.
-The weights stay compressed in memory, and every call pays for it: a token takes tens of times as long as with a dense
-model. Folding them once while opening (`body=folding`) would take up to {fold} bytes a weight, about {peak} here; for
-speed without a kernel export with `form=dense`.
+The weights stay compressed in memory, and every call pays for it: a token took about 30 times as long as with the dense
+form on a Llama with 51 million sparse weights (ONNX Runtime 1.31, one thread). Folding them once while opening
+(`body=folding`) would take up to {fold} bytes a weight, about {peak} here; for speed without a
+kernel export with `form=dense`.
 """,
 }
 

@@ -17,6 +17,7 @@ from sparse_rt.config import ExportOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions, choose_body
 from sparse_rt.exporters.onnx.session import OnnxModel
+from sparse_rt.exporters.onnx.trace import trace
 from sparse_rt.workflows.export import export
 
 
@@ -240,6 +241,15 @@ def test_body_is_chosen_by_what_folding_would_cost():
     assert choose_body(large, OnnxOptions(fold_budget="20GB")) == "folding"
     assert choose_body(small, OnnxOptions(body="streaming")) == "streaming"
     assert choose_body(large, OnnxOptions(form="dense")) is None
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    class Recurrent(torch.nn.Module):
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=input_ids.float(), past_key_values=None)
+
+    with pytest.raises(UserError, match="Recurrent cannot be exported to ONNX"):
+        trace(Recurrent(), 23)
 
 
 def test_weights_beyond_the_limits_of_a_node():
