@@ -3,10 +3,10 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-import tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("runtime", "kernels", "exporters", "tools")

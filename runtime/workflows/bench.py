@@ -151,7 +151,7 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
         "pattern": ", ".join(sorted({weight.pattern for weight in weights})),
         "sparsity": 1 - sum(weight.nnz for weight in weights) / sum(weight.m * weight.n for weight in weights),
         "dtype": pair.dtype,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": facts,
         "machine_line": machines.machine_line(facts),
         "settings": options.model_dump(include={"prompt_tokens", "new_tokens", "train_tokens", "repeats", "batch"}),
