@@ -127,11 +127,10 @@ class SparseRTConfig(QuantizationConfig):
 
     def _refuse_experts(self, prefix: str) -> None:
         """vLLM keeps all experts of a block in one layer of its own kind, which has no compressed form here yet."""
-        parent = self._folder_name(prefix)
         if self.stored is None:
-            inside = self._weight(f"{parent}.0.gate_proj") is not None
+            inside = self._weight(f"{prefix}.0.gate_proj") is not None
         else:
-            inside = any(name.startswith(f"{parent.removesuffix('.routed_experts')}.") for name in self.stored)
+            inside = any(name.startswith(f"{self._folder_name(prefix)}.") for name in self.stored)
         if inside:
             raise FormatError(
                 f"sparse_rt: the experts of {prefix} are compressed, which vLLM cannot serve yet; convert again with "

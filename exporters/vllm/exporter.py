@@ -63,7 +63,10 @@ class VLLMExporter(Exporter):
         """
         from sparse_rt.hf.load import load, load_tokenizer
 
-        tokenizer = load_tokenizer(source)
+        try:
+            tokenizer = load_tokenizer(source)
+        except (OSError, ValueError) as error:
+            raise UserError(f"the check needs the tokenizer beside the weights in {source} ({error})") from error
         prompts = [tokenizer(text)["input_ids"] for text in CHECK_PROMPTS]
         model = load(source)
         dtype = str(model.dtype).removeprefix("torch.")

@@ -22,6 +22,12 @@ def test_loading_the_entry_point_imports_neither_vllm_nor_torch():
     assert done.stdout.strip() == "[]"
 
 
+def test_importing_the_exporter_does_not_import_the_engine():
+    code = "import sys, sparse_rt.exporters.vllm.exporter; print([m for m in ('vllm', 'peft') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_registering_twice_is_harmless():
     pytest.importorskip("vllm")
     from vllm.model_executor.layers.quantization import get_quantization_config

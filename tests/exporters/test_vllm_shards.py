@@ -214,6 +214,19 @@ def test_embeddings_and_uncompressed_heads_stay_as_they_are(ranks):
         assert isinstance(layer.quant_method, vocab_parallel_embedding.UnquantizedEmbeddingMethod)
 
 
+def test_compressed_experts_are_refused_and_dense_ones_left_alone(ranks):
+    from vllm.model_executor.layers.fused_moe import RoutedExperts
+
+    experts = RoutedExperts.__new__(RoutedExperts)  # only its class is asked for
+    made = config("2:4", ignore=["re:.*experts.*"])
+    assert made.get_quant_method(experts, "m.mlp.experts") is None
+    made.stored = {"m.mlp.experts.3.up_proj": 0.5}
+    with pytest.raises(FormatError, match=r"experts of m.mlp.experts are compressed.*--ignore"):
+        made.get_quant_method(experts, "m.mlp.experts")
+    with pytest.raises(FormatError, match="experts"):  # a hub model whose headers are not here yet
+        config("2:4").get_quant_method(experts, "m.mlp.experts")
+
+
 def test_patterns_follow_the_renamings_of_the_model_class(ranks):
     from vllm.model_executor.models.utils import WeightsMapper
 
