@@ -5,11 +5,13 @@ import sys
 
 import click
 
+from sparse_rt.tools.console import ConsoleProgress
+
 
 def run(model: str, vllm_args: tuple[str, ...], debug: bool) -> None:
     from sparse_rt.workflows.serve import serve_command
 
-    argv, environment = serve_command(model, list(vllm_args))
+    argv, environment = serve_command(model, list(vllm_args), ConsoleProgress(quiet=False))
     print(f"-- {' '.join(argv)}", file=sys.stderr, flush=True)
     os.execvpe(argv[0], argv, environment)
 

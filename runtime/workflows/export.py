@@ -49,9 +49,7 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
             except CheckFailed as error:
                 failure = error
         files = file_sizes(partial)
-    if failure is not None:
-        raise CheckFailed(f"{failure}; the export stays in {options.output_dir}, do not serve it") from failure
-    return {
+    result = {
         "exporter": options.to,
         "output_dir": str(Path(options.output_dir)),
         "files": files,
@@ -61,6 +59,10 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
         "check": figures,
         "seconds": {"export": exported - begin, "check": time.perf_counter() - exported if options.check else None},
     }
+    if failure is not None:
+        message = f"{failure}; the export stays in {options.output_dir}, do not serve it"
+        raise CheckFailed(message, result | {"check": failure.result}) from failure
+    return result
 
 
 def _sizes(checkpoint: Checkpoint, written: int) -> dict[str, Any]:
