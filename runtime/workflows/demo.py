@@ -209,7 +209,10 @@ def _weight_bytes(folder: Path) -> int:
 
 def report(result: dict[str, Any]) -> str:
     """The result as Markdown: the models, the checks, the time of each stage."""
-    models = [[row["model"], row["perplexity"], row["bytes"], row["of dense"]] for row in result["models"]]
+    models = [
+        [row["model"], f"{row['perplexity']:.2f}", f"{row['bytes']:,}", f"{row['of dense']:.3f}"]
+        for row in result["models"]
+    ]
     parts = [
         f"Perplexity on held-out text, context {result['context_length']}.\n",
         markdown_table(["model", "perplexity>", "weight bytes>", "of dense>"], models),

@@ -22,7 +22,7 @@ def test_the_whole_road_ends_in_one_table(tmp_path):
     assert result["checks"]["onnx"]["check"]["greedy_equal"] == result["checks"]["onnx"]["check"]["greedy_tokens"]
 
     text = (tmp_path / "demo" / "report.md").read_text()
-    assert str(rows["2:4 merged"]["perplexity"]) in text and "ONNX Runtime" in text
+    assert f"{rows['2:4 merged']['perplexity']:.2f}" in text and "ONNX Runtime" in text
     merged, base = (Checkpoint.open(tmp_path / "demo" / name) for name in ("merged", "2of4"))
     assert merged.weights.keys() == base.weights.keys() and result["total_seconds"] > 0
 
