@@ -27,7 +27,7 @@ BIND, CACHE_SPACE = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"
 # Left alone, vLLM keeps one core free for its scheduler: harmless on a server, half of a machine with two cores.
 FEW_CORES = 8
 # Timed generations of one engine and length, after one that is not; their median is the sample.
-CALLS = 3
+CALLS = 5
 
 
 def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Progress) -> tuple[list[Row], dict]:
