@@ -73,7 +73,7 @@ class Follow(TrainerCallback):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run. ``losses`` are (step, loss) of the whole run, also before a resume; times are of this session."""
+    """A finished run. ``losses`` are (step, loss) of the whole run, also before a resume; times are of this process."""
 
     trainer: Trainer
     losses: list[tuple[int, float]]
