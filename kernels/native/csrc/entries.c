@@ -1,12 +1,12 @@
-/* The C ABI of the native backend (called through ctypes), the choice of row kernels, and the threads.
+/* The C ABI of the native backend (called through ctypes) and the choice of row kernels.
  *
  * Every entry works on whole matrices [m, n] in row-major order and returns the number of values the metadata asks for,
  * or a negative number for arguments that make no sense. It touches nothing outside the buffers it was given, whatever
  * the metadata says: the caller compares the returned number with the values it has.
  */
-#include <pthread.h>
 #include <sched.h>
 
+#include "parallel.h"
 #include "rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
@@ -21,7 +21,6 @@ enum { CHUNKS_PER_THREAD = 8, CHUNK_METADATA_BYTES = 65536, MAX_CHUNKS = 1024 };
 static const int64_t STREAM_FROM_BYTES = 16 << 20, STREAM_FROM_BYTES_PER_THREAD = 2 << 20;
 
 static const srt_rows *rows = &srt_rows_scalar;
-static int forked;
 
 /* ---- instruction set ------------------------------------------------------------------------------------------ */
 
@@ -46,37 +45,18 @@ EXPORT int srt_use_isa(const char *name)
 
 EXPORT const char *srt_isa(void) { return rows->name; }
 
-/* ---- threads -------------------------------------------------------------------------------------------------- */
+__attribute__((constructor)) static void on_load(void) { srt_use_isa(""); }
 
-/* 1 where the compiler gave us OpenMP, otherwise every call runs on one thread. */
-EXPORT int srt_has_threads(void)
-{
-#ifdef _OPENMP
-    return 1;
-#else
-    return 0;
-#endif
-}
-
-/* GNU OpenMP cannot start a team in a child of a process that already had one: it waits for threads that fork() did
- * not copy. Children therefore stay on one thread. */
-static void after_fork_in_child(void) { forked = 1; }
-
-__attribute__((constructor)) static void on_load(void)
-{
-    pthread_atfork(NULL, NULL, after_fork_in_child);
-    srt_use_isa("");
-}
+/* ---- jobs ------------------------------------------------------------------------------------------------------ */
 
 typedef struct job {
-    void (*run)(struct job *, int64_t chunk);
+    void (*run)(void *job, int64_t chunk);
     const srt_rows *rows;
     const char *in;      /* expand: values; gather: dense */
     const uint8_t *meta; /* bitmask or nibbles */
     char *out;           /* expand: dense; gather: values */
     int64_t m, n, nnz, size, meta_stride, chunks;
     int pair, threads, stream, gather; /* pair: which of the two element sizes */
-    int64_t next;                      /* chunk to hand out */
     int64_t starts[MAX_CHUNKS + 1];    /* first value of every chunk; -1: not known yet */
 } job;
 
@@ -85,8 +65,7 @@ static int prepare(job *j, int64_t m, int64_t n, int element_size, int threads)
 {
     if (m < 0 || n < 0 || (element_size != 2 && element_size != 4))
         return -1;
-    if (forked || threads < 1 || n == 0 || m < SERIAL_BELOW / n)
-        threads = 1;
+    threads = n == 0 || m < SERIAL_BELOW / n ? 1 : srt_threads_for(threads);
     *j = (job){.rows = rows, .m = m, .n = n, .size = element_size, .meta_stride = (n + 7) / 8, .threads = threads};
     j->pair = element_size == 4;
     int64_t bytes = m * n * element_size;
@@ -99,26 +78,6 @@ static int prepare(job *j, int64_t m, int64_t n, int element_size, int threads)
 }
 
 static int64_t first_row(const job *j, int64_t chunk) { return j->m * chunk / j->chunks; }
-
-static void take_chunks(job *j)
-{
-    int64_t chunk;
-    while ((chunk = __atomic_fetch_add(&j->next, 1, __ATOMIC_RELAXED)) < j->chunks)
-        j->run(j, chunk);
-    j->rows->finish();
-}
-
-static void run(job *j)
-{
-#ifdef _OPENMP
-    if (j->threads > 1) {
-#pragma omp parallel num_threads(j->threads)
-        take_chunks(j);
-        return;
-    }
-#endif
-    take_chunks(j);
-}
 
 /* ---- bitmask -------------------------------------------------------------------------------------------------- */
 
@@ -161,11 +120,13 @@ static int64_t move_rows(const job *j, int64_t row, int64_t last, int64_t start,
         }
         kept += moved >= 0 ? moved : count_rows(j, row, row + 1); /* at the end the row may have wanted more */
     }
+    j->rows->finish();
     return kept;
 }
 
-static void run_bitmask(job *j, int64_t chunk)
+static void run_bitmask(void *context, int64_t chunk)
 {
+    job *j = context;
     int64_t row = first_row(j, chunk), last = first_row(j, chunk + 1);
     if (j->threads == 1) { /* one chunk: the rows follow each other, nothing needs counting beforehand */
         j->starts[1] = move_rows(j, row, last, 0, j->nnz);
@@ -184,7 +145,7 @@ static int64_t bitmask(job *j, int64_t nnz)
     j->nnz = nnz;
     for (int64_t chunk = 1; chunk <= j->chunks; chunk++)
         j->starts[chunk] = -1;
-    run(j);
+    srt_parallel(j->threads, j->chunks, j->run, j);
     return j->starts[j->chunks];
 }
 
@@ -214,8 +175,9 @@ EXPORT int64_t srt_gather_bitmask(const void *dense, const uint8_t *meta, void *
 
 /* ---- 2:4 ------------------------------------------------------------------------------------------------------ */
 
-static void run_pairs(job *j, int64_t chunk)
+static void run_pairs(void *context, int64_t chunk)
 {
+    const job *j = context;
     for (int64_t row = first_row(j, chunk); row < first_row(j, chunk + 1); row++) {
         const uint8_t *meta = j->meta + row * j->meta_stride;
         int64_t dense = row * j->n * j->size, packed = dense / 2;
@@ -224,6 +186,7 @@ static void run_pairs(job *j, int64_t chunk)
         else
             j->rows->expand24[j->pair](j->in + packed, meta, j->out + dense, j->n, j->stream);
     }
+    j->rows->finish();
 }
 
 static int64_t pairs(const void *in, const uint8_t *meta, void *out, int64_t m, int64_t n, int element_size,
@@ -233,7 +196,7 @@ static int64_t pairs(const void *in, const uint8_t *meta, void *out, int64_t m, 
     if (n % 4 != 0 || prepare(&j, m, n, element_size, threads) < 0)
         return -1;
     j.in = in, j.meta = meta, j.out = out, j.gather = gather, j.run = run_pairs;
-    run(&j);
+    srt_parallel(j.threads, j.chunks, j.run, &j);
     return m * n / 2;
 }
 
