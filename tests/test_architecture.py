@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ("runtime", "kernels", "exporters", "tools")
 
-BOTTOM = {"errors", "version", "registry", "optional", "progress", "config"}
+BOTTOM = {"errors", "version", "registry", "optional", "progress", "config", "child"}
 FORMATS = BOTTOM | {"formats"}
 KERNELS = FORMATS | {"kernels"}
 MODEL = KERNELS | {"nn", "checkpoint", "device", "assets", "data", "modelcard", "report", "hooks"}
@@ -23,6 +23,7 @@ ALLOWED = {
     "registry": {"errors"},
     "optional": {"errors"},
     "progress": set(),
+    "child": {"errors"},
     "config": {"errors"},
     "hooks": {"errors"},
     "formats": {"errors", "registry"},

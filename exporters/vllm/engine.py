@@ -1,22 +1,20 @@
 """A real vLLM engine in a process of its own: what the exporter's check, the demo and the benchmark call.
 
-One process for one folder, the engine core inside it: errors keep their own text, settings that vLLM reads once from
-the environment do not leak into the caller, and the memory is free afterwards. Dense folders run the same way.
+One process for one folder, the engine core inside it unless the caller says otherwise: errors keep their own text, and
+settings that vLLM reads once from the environment do not leak into the caller. Dense folders run the same way.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_rt.child import Child
 from sparse_rt.errors import SparseRTError, UserError
 
 Prompt = str | Sequence[int]
@@ -61,36 +59,134 @@ def run_engine(
     env: dict[str, str] | None = None,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Start vLLM on ``folder`` and run ``jobs`` one after the other.
+    """Start vLLM on ``folder``, run ``jobs`` one after the other (``Engine.run``) and stop it.
 
-    A job is ``{"prompts", "max_tokens"}`` and optionally ``repeats`` (timed runs after one that is not; default one run
-    without a warm-up) and ``ignore_eos``; its result has ``tokens``, ``prompt_tokens``, ``generate_s`` (the median) and
-    ``runs_s``. ``options`` go to ``vllm.LLM``. ``UserError`` for a folder that vLLM refuses, ``SparseRTError`` for any
-    other failure.
+    ``options`` go to ``vllm.LLM``. Returns ``Engine.facts`` and the results as ``jobs``. ``UserError`` for a folder
+    that vLLM refuses, ``SparseRTError`` for any other failure.
     """
     request = {
-        "folder": str(folder),
+        "folder": _path(folder),
         "jobs": list(jobs),
-        "options": {"enforce_eager": enforce_eager, **(options or {})},
+        "options": {"enforce_eager": enforce_eager} | (options or {}),
     }
-    with tempfile.TemporaryDirectory(prefix="sparse-rt-vllm-") as scratch:
-        paths = [Path(scratch) / name for name in ("request.json", "response.json", "log.txt")]
-        paths[0].write_text(json.dumps(request))
-        command = [sys.executable, "-m", "sparse_rt.exporters.vllm.engine", str(paths[0]), str(paths[1])]
-        environment = {**ENVIRONMENT, **os.environ, **(env or {})}
-        with paths[2].open("w") as log:
-            try:
-                subprocess.run(command, stdout=log, stderr=log, env=environment, timeout=TIMEOUT_SECONDS, check=False)
-            except subprocess.TimeoutExpired:
-                raise SparseRTError(f"vLLM did not finish with {folder} in {TIMEOUT_SECONDS} seconds") from None
-        if not paths[1].is_file():
-            tail = " | ".join(paths[2].read_text().strip().splitlines()[-3:])
-            raise SparseRTError(f"the vLLM process died on {folder}: {tail or 'it said nothing'}")
-        response = json.loads(paths[1].read_text())
-    if "error" in response:
-        kind = UserError if response["bad_input"] else SparseRTError
-        raise kind(f"vLLM could not serve {folder}: {response['error']}")
-    return response
+    with Child(f"vLLM on {folder}", _environment(env)) as child:
+        return child.call(f"{__name__}:serve_once", request, timeout=TIMEOUT_SECONDS)
+
+
+class KeptEngine:
+    """vLLM in a process of its own that stays, for callers that come back with more jobs; a context manager.
+
+    ``options`` go to ``vllm.LLM`` and must hold ``max_model_len``; errors as ``run_engine``. ``facts`` is that of
+    ``Engine``, ``pid`` the session of all its processes.
+    """
+
+    def __init__(self, folder: str | Path, options: dict[str, Any], env: dict[str, str] | None = None):
+        self._child = Child(f"vLLM on {folder}", _environment(env))
+        try:
+            self._child.make(f"{__name__}:ServingEngine", _path(folder), options, timeout=TIMEOUT_SECONDS)
+            self.facts = self._child.ask("about", timeout=TIMEOUT_SECONDS)
+        except BaseException:
+            self._child.close()
+            raise
+        self.pid = self._child.pid
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """``Engine.run``"""
+        return self._child.ask("run", job, timeout=TIMEOUT_SECONDS)
+
+    def __enter__(self) -> KeptEngine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._child.close()
+
+
+def _path(folder: str | Path) -> str:
+    return str(Path(folder).absolute())
+
+
+def _environment(env: dict[str, str] | None) -> dict[str, str]:
+    return {**ENVIRONMENT, **os.environ, **(env or {})}
+
+
+class Engine:
+    """vLLM in this process; raises what vLLM raises.
+
+    ``facts``: ``engine`` (with its version), ``platform`` (the class that chooses the dense path) and ``load_s``.
+    """
+
+    def __init__(self, folder: str, options: dict[str, Any]):
+        import vllm
+        from vllm.platforms import current_platform
+
+        start = time.perf_counter()
+        try:
+            self._llm = vllm.LLM(folder, **options)
+        except BaseException:
+            _clean_up()
+            raise
+        self.facts = {
+            "engine": f"vllm {vllm.__version__}",
+            "platform": type(current_platform).__name__,
+            "load_s": round(time.perf_counter() - start, 3),
+        }
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Greedy continuations of a batch.
+
+        ``job``: ``prompts`` (token ids), ``max_tokens`` and optionally ``repeats`` (timed runs, default 1) and
+        ``ignore_eos``; the result: ``tokens``, ``prompt_tokens``, ``generate_s`` (the median) and ``runs_s``.
+        """
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(
+            temperature=0, max_tokens=job["max_tokens"], ignore_eos=job.get("ignore_eos", False), detokenize=False
+        )
+        prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
+        seconds = []
+        for _ in range(job.get("repeats", 1)):
+            start = time.perf_counter()
+            outputs = self._llm.generate(prompts, sampling, use_tqdm=False)
+            seconds.append(round(time.perf_counter() - start, 6))
+        return {
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "prompt_tokens": [len(ids) for ids in job["prompts"]],
+            "generate_s": statistics.median(seconds),
+            "runs_s": seconds,
+        }
+
+    def close(self) -> None:
+        self._llm.llm_engine.engine_core.shutdown()
+        del self._llm
+        _clean_up()
+
+
+def _clean_up() -> None:
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    cleanup_dist_env_and_memory()
+
+
+class ServingEngine(Engine):
+    """``Engine`` as ``KeptEngine`` talks to it: failures become sentences about the folder."""
+
+    def __init__(self, folder: str, options: dict[str, Any]):
+        self._folder = folder
+        with _sentences_about(folder):
+            super().__init__(folder, options)
+
+    def about(self) -> dict[str, Any]:
+        return self.facts
+
+    def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        with _sentences_about(self._folder):
+            return super().run(job)
+
+
+def serve_once(request: dict[str, Any]) -> dict[str, Any]:
+    """``run_here`` as ``run_engine`` talks to it."""
+    with _sentences_about(request["folder"]):
+        return run_here(request)
 
 
 def run_here(request: dict[str, Any]) -> dict[str, Any]:
@@ -98,49 +194,11 @@ def run_here(request: dict[str, Any]) -> dict[str, Any]:
     jobs = [dict(job) for job in request["jobs"]]
     _encode(request["folder"], jobs)
     longest = max(max(map(len, job["prompts"])) + job["max_tokens"] for job in jobs)
-    import vllm
-    from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.platforms import current_platform
-
-    engine = None
+    engine = Engine(request["folder"], {"max_model_len": longest, **request["options"]})
     try:
-        start = time.perf_counter()
-        engine = vllm.LLM(request["folder"], **{"max_model_len": longest, **request["options"]})
-        load_seconds = time.perf_counter() - start
-        return {
-            "engine": f"vllm {vllm.__version__}",
-            "platform": type(current_platform).__name__,
-            "load_s": round(load_seconds, 3),
-            "jobs": [_run_job(engine, job) for job in jobs],
-        }
+        return {**engine.facts, "jobs": [engine.run(job) for job in jobs]}
     finally:
-        if engine is not None:
-            engine.llm_engine.engine_core.shutdown()
-        del engine
-        cleanup_dist_env_and_memory()
-
-
-def _run_job(engine, job: dict[str, Any]) -> dict[str, Any]:
-    from vllm import SamplingParams
-
-    sampling = SamplingParams(
-        temperature=0, max_tokens=job["max_tokens"], ignore_eos=job.get("ignore_eos", False), detokenize=False
-    )
-    prompts = [{"prompt_token_ids": ids} for ids in job["prompts"]]
-    repeats = job.get("repeats")
-    if repeats:
-        engine.generate(prompts, sampling, use_tqdm=False)
-    seconds = []
-    for _ in range(repeats or 1):
-        start = time.perf_counter()
-        outputs = engine.generate(prompts, sampling, use_tqdm=False)
-        seconds.append(round(time.perf_counter() - start, 6))
-    return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "prompt_tokens": [len(ids) for ids in job["prompts"]],
-        "generate_s": statistics.median(seconds),
-        "runs_s": seconds,
-    }
+        engine.close()
 
 
 def _encode(folder: str, jobs: list[dict[str, Any]]) -> None:
@@ -153,22 +211,19 @@ def _encode(folder: str, jobs: list[dict[str, Any]]) -> None:
             job["prompts"] = [tokenizer(p)["input_ids"] if isinstance(p, str) else list(p) for p in job["prompts"]]
 
 
+@contextlib.contextmanager
+def _sentences_about(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found = explain_failure(error)
+        kind = UserError if found["bad_input"] else SparseRTError
+        raise kind(f"vLLM could not serve {folder}: {found['error']}") from error
+
+
 def explain_failure(error: Exception) -> dict[str, Any]:
-    """What ``run_engine`` reports of a failure: its text in one line, and whether the input was at fault."""
+    """What there is to report of a failure: its text in one line, and whether the input was at fault."""
     if hasattr(error, "errors"):  # pydantic wraps what our checks raise while vLLM validates its configuration
         causes = [problem.get("ctx", {}).get("error") for problem in error.errors()]
         error = next((cause for cause in causes if isinstance(cause, Exception)), error)
     return {"error": " ".join(str(error).split()), "bad_input": isinstance(error, ValueError)}
-
-
-def main(request_path: str, response_path: str) -> None:
-    """The process that ``run_engine`` starts."""
-    try:
-        response = run_here(json.loads(Path(request_path).read_text()))
-    except Exception as error:
-        response = explain_failure(error)
-    Path(response_path).write_text(json.dumps(response))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Load time and memory of one model in a process of its own; runs inside ``worker``."""
+"""Load time and memory of one model in a process of its own; ``child`` runs it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from sparse_rt.benchmarking.hf_engine import forward_options, random_tokens
+from sparse_rt.benchmarking.processes import status_bytes
 from sparse_rt.benchmarking.rows import timed
 from sparse_rt.hf.load import load
 
@@ -22,7 +23,7 @@ def load_once(request: dict[str, Any]) -> dict[str, Any]:
     device = torch.device(request["device"])
     import_everything(request["folder"])
     torch.zeros(1, device=device)  # starts the accelerator, which is not counted either
-    before = resident()
+    before = status_bytes("VmRSS")
     reset_peak()
     load_seconds, model = timed(lambda: load(request["folder"], dtype=request["dtype"]).to(device), device)
     ids = random_tokens(model, 1, request["tokens"])
@@ -34,8 +35,8 @@ def load_once(request: dict[str, Any]) -> dict[str, Any]:
         "load": load_seconds,
         "ready": load_seconds + forward_seconds,
         "before": before,
-        "peak": peak(),
-        "steady": resident(),
+        "peak": status_bytes("VmHWM"),
+        "steady": status_bytes("VmRSS"),
         "parameters": sum(parameters.values()),
         "gpu_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
@@ -50,24 +51,6 @@ def import_everything(folder: str) -> None:
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
 
 
-def resident() -> int | None:
-    """Bytes of this process in memory, mapped files included; None where /proc is missing."""
-    return _status("VmRSS")
-
-
-def peak() -> int | None:
-    """The most bytes of this process in memory since ``reset_peak``."""
-    return _status("VmHWM")
-
-
 def reset_peak() -> None:
     with contextlib.suppress(OSError):  # the peak then includes the imports, which are the same on both sides
         Path("/proc/self/clear_refs").write_text("5")
-
-
-def _status(name: str) -> int | None:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_rt.benchmarking.models import Pair, read_files
 from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, calls_note, generation_rows, in_turn, timed
-from sparse_rt.benchmarking.worker import in_fresh_process
+from sparse_rt.child import in_fresh_process
 from sparse_rt.config import BenchOptions
 from sparse_rt.device import pick_device
 from sparse_rt.hf.load import load
