@@ -277,7 +277,7 @@ def estimate(shapes, tokens, threads, columns_each: int, seconds_per_cell: float
     """Seconds that the runs will take, from rates of one quiet Zen 4 core (memory, product, making the weights)."""
     total = 0.0
     for m, n in shapes:
-        total += m * n * columns_each * (12e-9 + max(tokens) * 0.03e-9)
+        total += m * n * columns_each * (35e-9 + max(tokens) * 0.03e-9)
         for count in tokens:
             for workers in threads:
                 call = max(m * n * itemsize / 20e9, 2 * m * n * count / 200e9) / workers
@@ -299,7 +299,7 @@ def estimate(shapes, tokens, threads, columns_each: int, seconds_per_cell: float
 @click.option(
     "--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True, help="own dense: bf16 only"
 )
-@click.option("--seconds-per-cell", type=float, default=0.8, show_default=True, help="time for one column of one run")
+@click.option("--seconds-per-cell", type=float, default=1.0, show_default=True, help="time for one column of one run")
 @click.option("--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON lines; rows are appended")
 def main(shapes, groups, tokens, threads, sparsities, patterns, dtype, seconds_per_cell, output):
     """Time sparse linear layers against two dense baselines."""

@@ -9,6 +9,7 @@ Where the file holds a cell more than once, the last one counts.
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -199,12 +200,12 @@ def panel(axes, rows: Rows) -> None:
         found = [[ratios(row)[index] for row in mine if row["sparsity"] == sparsity] for sparsity in sparsities]
         found = [[value for value in values if value is not None] for values in found]
         if found and all(found):
-            middle = [sorted(values)[len(values) // 2] for values in found]
+            middle = [statistics.median(values) for values in found]
             axes.plot(sparsities, middle, "o-", color=colour, markersize=4, label=f"{label} (range: shapes)")
             axes.fill_between(sparsities, [min(v) for v in found], [max(v) for v in found], color=colour, alpha=0.15)
         pairs = [ratios(row)[index] for row in rows if row["pattern"] == "2:4" and ratios(row)[index] is not None]
         if pairs:
-            axes.plot([0.5], [sorted(pairs)[len(pairs) // 2]], "*", color=colour, markersize=11, label=f"2:4 {label}")
+            axes.plot([0.5], [statistics.median(pairs)], "*", color=colour, markersize=11, label=f"2:4 {label}")
     limits = [max(row["limit"]["packed"] for row in mine if row["sparsity"] == sparsity) for sparsity in sparsities]
     axes.plot(sparsities, limits, "--", color="black", linewidth=1, label="byte limit (dense / packed)")
     axes.axhline(1.0, color="#888888", linewidth=0.8)

@@ -87,6 +87,8 @@ def linear(x: Tensor, packed: Tensor, m: int, n: int) -> Tensor:
 def _empty_in_huge_pages(shape: tuple[int, ...]) -> Tensor:
     """int32, on pages of 2 MiB where the system gives them: a tenth to a quarter faster to read than pages of 4 KiB."""
     elements = math.prod(shape)
+    if elements * 4 < HUGE_PAGE:
+        return torch.empty(shape, dtype=torch.int32)
     raw = torch.empty(elements + 2 * HUGE_PAGE // 4, dtype=torch.int32)
     start = -raw.data_ptr() % HUGE_PAGE
     size = -(-elements * 4 // HUGE_PAGE) * HUGE_PAGE
