@@ -9,17 +9,20 @@ from typing import Any
 
 import torch
 
-from sparse_rt.benchmarking.hf_engine import forward_options, random_tokens
+from sparse_rt.benchmarking.hf_engine import forward_options
 from sparse_rt.benchmarking.processes import status_bytes
 from sparse_rt.benchmarking.rows import timed
+from sparse_rt.benchmarking.training import TrainingStep, adapted, random_tokens
 from sparse_rt.hf.load import load
 
 
 def load_once(request: dict[str, Any]) -> dict[str, Any]:
     """Load ``request["folder"]`` and run one forward pass of ``tokens`` tokens: seconds and bytes.
 
-    The first forward pass belongs to loading: a dense model is mapped from its file, and only use reads it.
+    The first forward pass belongs to loading: a dense model is mapped from its file, and only use reads it. With
+    ``train_tokens`` an adapter (``adapted``) is trained for two steps afterwards, for their peak alone.
     """
+    torch.set_num_threads(request["threads"])
     device = torch.device(request["device"])
     import_everything(request["folder"])
     torch.zeros(1, device=device)  # starts the accelerator, which is not counted either
@@ -30,16 +33,32 @@ def load_once(request: dict[str, Any]) -> dict[str, Any]:
     with torch.inference_mode():
         forward_seconds, _ = timed(lambda: model(ids, use_cache=False, **forward_options(model)), device)
     gc.collect()
-    parameters = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    return {
+    sample = {
         "load": load_seconds,
         "ready": load_seconds + forward_seconds,
         "before": before,
         "peak": status_bytes("VmHWM"),
         "steady": status_bytes("VmRSS"),
-        "parameters": sum(parameters.values()),
+        "tensors": tensor_bytes(model),
         "gpu_peak": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     }
+    if request["train_tokens"]:
+        reset_peak()
+        step = TrainingStep(adapted(model, request["adapter"]), request["train_tokens"])
+        for _ in range(2):  # the first step creates the optimizer's state
+            step.run()
+        sample["train_peak"] = status_bytes("VmHWM")
+    return sample
+
+
+def tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of all tensors that the modules hold: parameters, buffers, and what is derived from them at run time."""
+    found: dict[int, int] = {}
+    for module in model.modules():
+        for value in (*module.parameters(False), *module.buffers(False), *vars(module).values()):
+            if isinstance(value, torch.Tensor) and value.nbytes:
+                found[value.data_ptr()] = max(value.nbytes, found.get(value.data_ptr(), 0))
+    return sum(found.values())
 
 
 def import_everything(folder: str) -> None:

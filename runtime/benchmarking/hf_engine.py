@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -13,24 +12,22 @@ from torch import Tensor, nn
 
 from sparse_rt.benchmarking.models import Pair, read_files
 from sparse_rt.benchmarking.rows import SIDES, Row, calls_for, calls_note, generation_rows, in_turn, timed
+from sparse_rt.benchmarking.training import TrainingStep, adapted, adapter_plan, random_tokens, training_note
 from sparse_rt.child import in_fresh_process
 from sparse_rt.config import BenchOptions
 from sparse_rt.device import pick_device
 from sparse_rt.hf.load import load
-from sparse_rt.nn import sparse_linears
 from sparse_rt.progress import Progress
 
 NAME = "hf"
 PHASES = ("load", "memory", "prefill", "decode", "train")
-LEARNING_RATE = 1e-4
-SPP_GROUPS = 16
 
 
 def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Progress) -> tuple[list[Row], dict]:
     """Rows of the asked ``phases`` and the settings they were measured with."""
     rows: list[Row] = []
     if "load" in phases or "memory" in phases:
-        rows += [row for row in fresh_rows(pair, options, progress) if row.phase in phases]
+        rows += fresh_rows(pair, options, phases, progress)
     if {"prefill", "decode", "train"} & set(phases):
         device = pick_device(options.device)
         progress.stage("loading both models")
@@ -41,49 +38,47 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
                 measured = inference_rows(models, batch, steps, options, progress)
                 rows += [row for row in measured if row.phase in phases]
         if "train" in phases:  # last: the adapters are attached in place
-            rows.append(train_row(models, options, progress))
+            rows.append(train_row(models, pair, options, progress))
     return rows, {"dtype": pair.dtype, "attention": "as transformers chooses", "dense_linear": "torch.nn.Linear"}
 
 
-def fresh_rows(pair: Pair, options: BenchOptions, progress: Progress) -> list[Row]:
+def fresh_rows(pair: Pair, options: BenchOptions, phases: list[str], progress: Progress) -> list[Row]:
     """Load time and memory, one process a sample, dense and sparse in turn."""
     for side in SIDES:
         read_files(header.file for header in getattr(pair, side).headers)
+    request = {
+        "device": str(pick_device(options.device)),
+        "dtype": pair.dtype,
+        "threads": torch.get_num_threads(),
+        "tokens": options.prompt_tokens,
+        "train_tokens": options.train_tokens if {"memory", "train"} <= set(phases) else 0,
+        "adapter": adapter_plan(pair),
+    }
 
     def worker(side: str) -> Callable[[], dict[str, Any]]:
-        request = {
-            "folder": str(getattr(pair, side).folder.absolute()),
-            "device": str(pick_device(options.device)),
-            "dtype": pair.dtype,
-            "tokens": options.prompt_tokens,
-        }
-        return lambda: in_fresh_process("sparse_rt.benchmarking.fresh:load_once", request)
+        folder = str(getattr(pair, side).folder.absolute())
+        return lambda: in_fresh_process("sparse_rt.benchmarking.fresh:load_once", {**request, "folder": folder})
 
     dense, sparse = in_turn(worker("dense"), worker("sparse"), options.repeats, progress, "load and memory")
     before = statistics.median([sample["before"] or 0 for sample in (*dense, *sparse)]) / 1e6
     forward = f"one forward pass of {options.prompt_tokens} tokens"
     process = f"fresh process, {forward}; {before:.0f} MB of it are Python and libraries before the model is loaded"
     warm = "fresh process, files in the page cache, imports not counted"
+    trained = f"fresh process, two steps on {options.train_tokens} tokens, adapters and optimizer as in the timed step"
     kinds = (
         ("load", "ready", "ready (one forward pass done)", "s", f"{warm}; {forward}"),
         ("load", "load", "load() alone", "s", f"{warm}; a dense file is only mapped by then, a sparse one is checked"),
-        ("memory", "parameters", "parameters and buffers", "bytes", None),
+        ("memory", "tensors", "tensors of the model", "bytes", f"parameters, buffers and run-time layouts, {forward}"),
         ("memory", "steady", "process after one forward pass", "bytes", process),
         ("memory", "peak", "process at its peak", "bytes", process),
         ("memory", "gpu_peak", "GPU at its peak", "bytes", f"fresh process, {forward}"),
+        ("memory", "train_peak", "process at its peak in training", "bytes", trained),
     )
     return [
         Row(NAME, phase, what, unit, [s[key] for s in dense], [s[key] for s in sparse], note=note)
         for phase, key, what, unit, note in kinds
-        if all(sample[key] is not None for sample in (*dense, *sparse))
+        if phase in phases and all(sample.get(key) is not None for sample in (*dense, *sparse))
     ]
-
-
-def random_tokens(model: nn.Module, batch: int, length: int) -> Tensor:
-    """int64 [batch, length] on the device of the model; the time of a step does not depend on which tokens they are."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.get_text_config().vocab_size
-    return torch.randint(vocabulary, (batch, length), generator=generator).to(model.device)
 
 
 def forward_options(model: nn.Module) -> dict[str, Any]:
@@ -141,53 +136,12 @@ def inference_rows(
     return generation_rows(NAME, dense, sparse, batch, options, calls_note(calls))
 
 
-def train_row(models: dict[str, nn.Module], options: BenchOptions, progress: Progress) -> Row:
-    """Forward, backward and AdamW: SPP on the compressed model, LoRA of about as many parameters on the dense one.
-
-    Both come from PEFT and keep their parameters in float32. Raises ``UserError`` when PEFT is not installed.
-    """
-    from sparse_rt.adapters.spp import SPPConfig  # imports PEFT, with our sentence when it is missing
-
-    layers = dict(sparse_linears(models["sparse"]))
-    sizes = [layer.out_features + layer.in_features for layer in layers.values()]
-    groups = math.gcd(SPP_GROUPS, *(layer.out_features for layer in layers.values()))
-    from peft import LoraConfig, get_peft_model
-
-    sparse = get_peft_model(models["sparse"], SPPConfig(groups=groups))
-    rank = max(1, round(_trainable(sparse) / sum(sizes)))
-    dense = get_peft_model(models["dense"], LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(layers)))
-    steps = {"dense": TrainingStep(dense, options.train_tokens), "sparse": TrainingStep(sparse, options.train_tokens)}
+def train_row(models: dict[str, nn.Module], pair: Pair, options: BenchOptions, progress: Progress) -> Row:
+    """Forward, backward and AdamW of an adapter; see ``training``."""
+    plan = adapter_plan(pair)
+    steps = {side: TrainingStep(adapted(model, plan), options.train_tokens) for side, model in models.items()}
     for step in steps.values():
         step.run()  # the first step creates the optimizer's state
     seconds = in_turn(steps["dense"].seconds, steps["sparse"].seconds, options.repeats, progress, "training step")
-    note = (
-        f"sparse: SPP, {groups} groups, {_trainable(sparse)} parameters; dense: LoRA, rank {rank}, "
-        f"{_trainable(dense)} parameters; same {len(layers)} layers, AdamW"
-    )
-    what = f"one step on {options.train_tokens} tokens"
+    what, note = f"one step on {options.train_tokens} tokens", training_note(**steps, plan=plan)
     return Row(NAME, "train", what, "s", *seconds, batch=1, tokens=options.train_tokens, note=note)
-
-
-def _trainable(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-class TrainingStep:
-    """Forward, backward and optimizer on one fixed sequence."""
-
-    def __init__(self, model: nn.Module, tokens: int):
-        self.model = model.train()
-        self.ids = random_tokens(model, 1, tokens)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=LEARNING_RATE)
-
-    def run(self) -> float:
-        """The loss before the step."""
-        loss = self.model(input_ids=self.ids, labels=self.ids, use_cache=False).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss.item()
-
-    def seconds(self) -> float:
-        return timed(self.run, self.ids.device)[0]
