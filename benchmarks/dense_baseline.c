@@ -228,8 +228,11 @@ EXPORT void dense_linear(const uint16_t *x, const uint16_t *w, uint16_t *y, uint
                          int64_t tokens, int threads)
 {
     int64_t count = (m + LANES - 1) / LANES, pairs = (n + 1) / 2;
-    for (int64_t t = 0, block; t < tokens; t += block) {
-        block = block_tokens(tokens - t);
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) if (threads > 1 && tokens > MAX_BLOCK)
+#endif
+    for (int64_t t = 0; t < tokens; t += MAX_BLOCK) { /* only the last block can be smaller */
+        int64_t block = block_tokens(tokens - t);
         pack_block(x + t * n, scratch + t * pairs, n, min64(block, tokens - t), block);
     }
     product j = {.x = scratch, .w = w, .y = y, .m = m, .pairs = pairs, .tokens = tokens};
