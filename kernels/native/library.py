@@ -120,12 +120,25 @@ def _load_file(path: Path) -> Library:
     except OSError as error:
         raise _LoadError(f"{path} cannot be loaded ({error}); delete it to have it compiled again") from error
     address, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    real = ctypes.c_float
     tail = [size, size, count, count]  # m, n, element size, threads
+    inputs = [address, address, size, address, count]  # dy, x, tokens, metadata, nibbles
+    factors = [address, address, real, size]  # a, b, scale, groups
     for name, arguments in (
         ("srt_expand_bitmask", [address, size, address, address, *tail]),
         ("srt_gather_bitmask", [address, address, address, size, *tail]),
         ("srt_expand_24", [address, address, address, *tail]),
         ("srt_gather_24", [address, address, address, *tail]),
+        ("srt_grad_bytes", [size, size, size, count, size]),
+        ("srt_values_grad", [*inputs, address, size, size, size, count, count, count, address, size, count]),
+        (
+            "srt_factors_grad",
+            [*inputs, address, size, size, size, count, count, *factors, address, address, count, address, size, count],
+        ),
+        (
+            "srt_factors_apply",
+            [*(address, count, size, address, count, size, size), *factors, real, address, count, address, count],
+        ),
     ):
         function = getattr(handle, name)
         function.argtypes, function.restype = arguments, size

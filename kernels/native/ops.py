@@ -10,13 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format, is_pattern
 from sparse_rt.kernels import reference, scratch
 from sparse_rt.kernels.backends import Call, register_backend
-from sparse_rt.kernels.native import library
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from sparse_rt.kernels.native import gradient, library
+from sparse_rt.kernels.native.checks import DTYPES, check, check_count, is_pairs, short
 
 # linear() with few tokens is bound by memory: there the weight is expanded and multiplied a block of rows at a time,
 # while the block is in the cache (11008 x 4096 bf16, 1 token, one core: 7.7 ms; 12.3 ms through a whole dense copy;
@@ -31,7 +29,7 @@ def can_run(call: Call) -> str | None:
     if call.device != "cpu":
         return f"the native kernels run on the CPU, the tensors are on {call.device}"
     if call.dtype not in DTYPES:
-        return f"the native kernels move bfloat16, float16 and float32, not {_short(call.dtype)}"
+        return f"the native kernels move bfloat16, float16 and float32, not {short(call.dtype)}"
     if not is_pattern(call.pattern):
         return f"unknown pattern {call.pattern!r}"
     metadata_name = get_format(call.pattern).metadata_name
@@ -51,7 +49,7 @@ def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values
     """The elements of dense [m, n] at the kept positions, in the shape of ``values_like``."""
     values = torch.empty(values_like.shape, dtype=dense.dtype)
     found = gather_into(values.view(-1), dense, metadata, pattern)
-    _check_count(pattern, m, n, found, values.numel())
+    check_count(pattern, m, n, found, values.numel())
     return values
 
 
@@ -71,7 +69,7 @@ def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pat
         stop = min(start + rows, m)
         weight = scratch.buffer("dense", (stop - start, n), x.dtype)
         done += expand_into(weight, flat[done:], metadata[start:stop], pattern)
-        _check_count(pattern, m, n, done, flat.numel(), complete=stop == m)
+        check_count(pattern, m, n, done, flat.numel(), complete=stop == m)
         y[..., start:stop] = F.linear(x, weight, None if bias is None else bias[start:stop])
     return y
 
@@ -88,7 +86,8 @@ def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int,
 @register_backend("values_grad", name="native", can_run=can_run)
 @torch.no_grad()
 def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
-    """dY^T X at the kept positions, a block of rows at a time: the GEMM of torch into scratch, then a gather.
+    """dY^T X at the kept positions. Where the processor has no kernel for it (``gradient``), a block of rows at a time:
+    the GEMM of torch into scratch, then a gather.
 
     The block is formed in float32 unless inputs and result are all bfloat16, where the GEMM accumulates in float32 and
     rounds once, to the dtype of the result. A float32 gradient (adapters accumulate in it) must not be rounded to
@@ -96,6 +95,8 @@ def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n
     """
     if values_like.dtype not in DTYPES:
         return reference.values_grad(dy, x, metadata, pattern, m, n, values_like)
+    if gradient.can_run(dy, x):
+        return gradient.values_grad(dy, x, metadata, pattern, m, n, values_like)
     narrow = {dy.dtype, x.dtype, values_like.dtype} == {torch.bfloat16} and _bf16_gemm()
     dtype = torch.bfloat16 if narrow else torch.float32
     dy, x = dy.reshape(-1, m), x.reshape(-1, n).to(dtype)
@@ -108,7 +109,7 @@ def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n
         block = scratch.buffer("dense", (stop - start, n), dtype)
         torch.mm(dy[:, start:stop].to(dtype).t(), x, out=block)
         done += gather_into(flat[done:], block, metadata[start:stop], pattern)
-        _check_count(pattern, m, n, done, flat.numel(), complete=stop == m)
+        check_count(pattern, m, n, done, flat.numel(), complete=stop == m)
     return result if gathered is result else result.copy_(gathered)
 
 
@@ -119,10 +120,10 @@ def expand_into(out: Tensor, values: Tensor, metadata: Tensor, pattern: str) -> 
     """
     m, n = out.shape
     values, metadata = values.contiguous(), metadata.contiguous()
-    _check(out, values, metadata, pattern, m, n)
+    check(out, values, metadata, pattern, m, n)
     tail = m, n, out.element_size(), torch.get_num_threads()
     handle, count = library.load().handle, values.numel()
-    if not _is_pairs(pattern):
+    if not is_pairs(pattern):
         return handle.srt_expand_bitmask(values.data_ptr(), count, metadata.data_ptr(), out.data_ptr(), *tail)
     if count < m * n // 2:
         return m * n // 2
@@ -137,10 +138,10 @@ def gather_into(values: Tensor, dense: Tensor, metadata: Tensor, pattern: str) -
     """
     m, n = dense.shape
     dense, metadata = dense.contiguous(), metadata.contiguous()
-    _check(values, dense, metadata, pattern, m, n)
+    check(values, dense, metadata, pattern, m, n)
     tail = m, n, dense.element_size(), torch.get_num_threads()
     handle, room = library.load().handle, values.numel()
-    if not _is_pairs(pattern):
+    if not is_pairs(pattern):
         return handle.srt_gather_bitmask(dense.data_ptr(), metadata.data_ptr(), values.data_ptr(), room, *tail)
     if room < m * n // 2:
         return m * n // 2
@@ -149,7 +150,7 @@ def gather_into(values: Tensor, dense: Tensor, metadata: Tensor, pattern: str) -
 
 def _expand_whole(out: Tensor, values: Tensor, metadata: Tensor, pattern: str) -> Tensor:
     found = expand_into(out, values, metadata, pattern)
-    _check_count(pattern, *out.shape, found, values.numel())
+    check_count(pattern, *out.shape, found, values.numel())
     return out
 
 
@@ -162,41 +163,5 @@ def _block_rows(n: int, dtype: torch.dtype) -> int:
     return max(1, block // max(1, n * dtype.itemsize))
 
 
-def _is_pairs(pattern: str) -> bool:
-    return get_format(pattern).metadata_name == "weight_meta"
-
-
-def _check(target: Tensor, source: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> None:
-    """What the C side takes on trust: devices, dtypes, layout and the size of the metadata."""
-    if {target.device.type, source.device.type, metadata.device.type} != {"cpu"}:
-        raise UserError(
-            f"native kernels need every tensor on the CPU, got {source.device}, {metadata.device} and {target.device}"
-        )
-    if source.dtype not in DTYPES or target.dtype != source.dtype or not target.is_contiguous():
-        raise UserError(
-            f"native kernels need one dtype of bfloat16, float16 and float32 and a contiguous result, "
-            f"got {_short(source.dtype)} into {_short(target.dtype)}"
-        )
-    refusal = get_format(pattern).refuse_shape(m, n)
-    if refusal:
-        raise FormatError(f"a ({m}, {n}) weight cannot be {pattern}: {refusal}")
-    if metadata.dtype != torch.uint8 or tuple(metadata.shape) != (m, (n + 7) // 8):
-        raise FormatError(
-            f"the metadata of a {pattern} weight ({m}, {n}) is uint8 {(m, (n + 7) // 8)}, "
-            f"got {_short(metadata.dtype)} {tuple(metadata.shape)}"
-        )
-
-
-def _check_count(pattern: str, m: int, n: int, marked: int, given: int, complete: bool = True) -> None:
-    if marked > given or (complete and marked != given):
-        raise FormatError(
-            f"the metadata of a {pattern} weight ({m}, {n}) marks {marked} kept weights, there are {given} values"
-        )
-
-
 def _bf16_gemm() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -3,7 +3,6 @@ nothing outside its buffers, and the operations built on it agree with float64."
 
 import ctypes
 import functools
-import mmap
 import threading
 
 import pytest
@@ -99,28 +98,6 @@ def test_pointers_need_no_alignment(isa, pattern, dtype):
     into = shifted(torch.zeros_like(values))
     assert native.gather_into(into.view(-1), shifted(dense), shifted(metadata), pattern) == values.numel()
     assert same_bits(into, values)
-
-
-@pytest.fixture
-def guarded():
-    """A function that copies a tensor right in front of a page that may not be touched and returns its address."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-    page, kept = mmap.PAGESIZE, []
-
-    def place(tensor):
-        size = tensor.numel() * tensor.element_size()
-        pages = mmap.mmap(-1, (size // page + 2) * page)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        last = start + len(pages) - page
-        assert libc.mprotect(last, page, 0) == 0
-        kept.append((last, pages))
-        ctypes.memmove(last - size, tensor.contiguous().data_ptr(), size)
-        return last - size
-
-    yield place
-    for last, _ in kept:
-        libc.mprotect(last, page, mmap.PROT_READ | mmap.PROT_WRITE)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

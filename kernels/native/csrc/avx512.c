@@ -3,13 +3,9 @@
  * The file is compiled for the base instruction set; each function names its own target, so the library loads on every
  * x86-64 and the dispatch in entries.c decides at run time.
  */
-#include "rows.h"
+#include "avx512.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt")))
-#define INLINE TARGET static inline __attribute__((always_inline))
 
 /* Zero-masked expand and compress from a register. On Zen 4 VPEXPANDW waits for its destination register although
  * zero-masking overwrites all of it: 5.0 cycles in a chain against 1.4 when a zeroing idiom breaks it, and which one
@@ -67,7 +63,6 @@ INLINE void store_whole(char *to, __m512i block, int stream)
 /* Elements in a vector, and their part of a 64-column mask word. */
 INLINE int64_t lanes(int size) { return 64 / size; }
 INLINE uint64_t first_lanes(uint64_t word, int size) { return word & srt_low_bits(lanes(size)); }
-INLINE int64_t popcount(uint64_t word) { return (int64_t)(uint64_t)_mm_popcnt_u64(word); }
 
 TARGET static int64_t count(const uint8_t *bits, int64_t n)
 {
@@ -137,20 +132,6 @@ INLINE char *gather(const char *row, const uint8_t *bits, char *values, char *en
         }
     }
     return values;
-}
-
-/* The masks of 128 columns from `bytes` <= 16 bytes of 2:4 nibbles. */
-INLINE void pair_masks(uint64_t masks[2], const uint8_t *meta, int64_t bytes)
-{
-    /* entry i: bits (i & 3) and (i >> 2) set */
-    const __m128i table = _mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8);
-    const __m128i nibble = _mm_set1_epi8(15);
-    __m128i pairs = _mm_maskz_loadu_epi8((__mmask16)srt_low_bits(bytes), meta);
-    __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(pairs, nibble));
-    __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble));
-    __m128i both = _mm_or_si128(first, _mm_slli_epi16(second, 4)); /* entries < 16: no bit leaves its byte */
-    masks[0] = (uint64_t)_mm_cvtsi128_si64(both);
-    masks[1] = (uint64_t)_mm_extract_epi64(both, 1);
 }
 
 /* A vector of n columns has exactly half as many values, so even whole loads stay inside a row. */

@@ -11,8 +11,6 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* Below this many weights a thread team costs more than it saves. */
-enum { SERIAL_BELOW = 65536 };
 /* Several chunks of rows a thread, taken on demand: a core that is busy elsewhere holds up an eighth of its share. The
  * metadata of a chunk is read twice (counted, then used), so it should stay in the second-level cache meanwhile. */
 enum { CHUNKS_PER_THREAD = 8, CHUNK_METADATA_BYTES = 65536, MAX_CHUNKS = 1024 };
@@ -43,6 +41,8 @@ EXPORT int srt_use_isa(const char *name)
     return -1;
 }
 
+const srt_rows *srt_chosen_rows(void) { return rows; }
+
 EXPORT const char *srt_isa(void) { return rows->name; }
 
 __attribute__((constructor)) static void on_load(void) { srt_use_isa(""); }
@@ -65,7 +65,7 @@ static int prepare(job *j, int64_t m, int64_t n, int element_size, int threads)
 {
     if (m < 0 || n < 0 || (element_size != 2 && element_size != 4))
         return -1;
-    threads = n == 0 || m < SERIAL_BELOW / n ? 1 : srt_threads_for(threads);
+    threads = n == 0 || m < SRT_SERIAL_BELOW / n ? 1 : srt_threads_for(threads);
     *j = (job){.rows = rows, .m = m, .n = n, .size = element_size, .meta_stride = (n + 7) / 8, .threads = threads};
     j->pair = element_size == 4;
     int64_t bytes = m * n * element_size;

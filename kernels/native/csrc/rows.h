@@ -76,6 +76,12 @@ extern const srt_rows srt_rows_avx2, srt_rows_avx512;
         .finish = finish,                                                                                              \
     }
 
+/* The row kernels in use; the other files choose their kernels by them. */
+const srt_rows *srt_chosen_rows(void);
+
+/* Below this many weights a thread team costs more than it saves. */
+enum { SRT_SERIAL_BELOW = 65536 };
+
 static inline int64_t srt_min(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* `bytes` <= 8 bytes as a little-endian word; reads nothing behind them. */

@@ -1,0 +1,43 @@
+/* What the AVX-512 files share: the target, and how the metadata of 64 columns becomes a mask. */
+#ifndef SPARSE_RT_AVX512_H
+#define SPARSE_RT_AVX512_H
+
+#include "rows.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+
+#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,avx512vpopcntdq,bmi,bmi2,popcnt"
+#define TARGET __attribute__((target(AVX512)))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+INLINE int64_t popcount(uint64_t word) { return (int64_t)(uint64_t)_mm_popcnt_u64(word); }
+
+/* The masks of 128 columns from `bytes` <= 16 bytes of 2:4 nibbles. */
+INLINE void pair_masks(uint64_t masks[2], const uint8_t *meta, int64_t bytes)
+{
+    /* entry i: bits (i & 3) and (i >> 2) set */
+    const __m128i table = _mm_setr_epi8(1, 3, 5, 9, 3, 2, 6, 10, 5, 6, 4, 12, 9, 10, 12, 8);
+    const __m128i nibble = _mm_set1_epi8(15);
+    __m128i pairs = _mm_maskz_loadu_epi8((__mmask16)srt_low_bits(bytes), meta);
+    __m128i first = _mm_shuffle_epi8(table, _mm_and_si128(pairs, nibble));
+    __m128i second = _mm_shuffle_epi8(table, _mm_and_si128(_mm_srli_epi16(pairs, 4), nibble));
+    __m128i both = _mm_or_si128(first, _mm_slli_epi16(second, 4)); /* entries < 16: no bit leaves its byte */
+    masks[0] = (uint64_t)_mm_cvtsi128_si64(both);
+    masks[1] = (uint64_t)_mm_extract_epi64(both, 1);
+}
+
+/* The mask of the columns [at, at + 64) of one row of metadata, at a multiple of 64, padding cleared.
+ * A nibble whose two columns are equal (no valid file has one) marks one column only; callers that count on n / 2
+ * values a row must not run past them. */
+INLINE uint64_t mask_at(const uint8_t *meta, int pairs, int64_t at, int64_t n)
+{
+    if (!pairs)
+        return srt_mask_word(meta, at, n);
+    uint64_t masks[2];
+    pair_masks(masks, meta + at / 8, srt_min((n - at + 7) / 8, 8));
+    return masks[0] & srt_low_bits(n - at);
+}
+
+#endif
+#endif
