@@ -20,7 +20,7 @@ from sparse_rt.errors import BackendError, UserError
 
 logger = logging.getLogger(__name__)
 
-OPS = ("linear", "linear_t", "values_grad", "decompress", "gather")
+OPS = ("linear", "packed_linear", "linear_t", "values_grad", "decompress", "gather")
 FORCE_VARIABLE = "SPARSE_RT_BACKEND"
 
 
@@ -103,7 +103,7 @@ def _owner(function: Callable) -> str:
 @functools.cache
 def load_backends() -> None:
     """Import the backends of the project and of entry points (once); none of them compiles anything at import."""
-    for module in ("sparse_rt.kernels.reference", "sparse_rt.kernels.native.ops"):
+    for module in ("sparse_rt.kernels.reference", "sparse_rt.kernels.native.ops", "sparse_rt.kernels.native.packed"):
         importlib.import_module(module)
     for entry in entry_points(group="sparse_rt.backends"):
         entry.load()

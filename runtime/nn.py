@@ -1,7 +1,14 @@
-"""``SparseLinear``: a linear layer whose weight is values + metadata; no dense copy of it stays."""
+"""``SparseLinear``: a linear layer whose weight is values + metadata; no dense copy of it stays.
+
+In inference on a processor with native kernels a layer holds the derived layout of its weight *instead* of values and
+metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode without gradients.
+Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back, bit for
+bit, and the layer is canonical again until the next such call.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -9,7 +16,9 @@ from torch import Tensor, nn
 
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
-from sparse_rt.kernels import ops
+from sparse_rt.kernels import ops, packed
+
+PACK_VARIABLE = "SPARSE_RT_PACK"  # 0: stay on values and metadata (to compare)
 
 
 class SparseLinear(nn.Linear):
@@ -21,6 +30,8 @@ class SparseLinear(nn.Linear):
 
     Shapes: x [..., in_features] -> [..., out_features].
     """
+
+    _packed: Tensor | None = None
 
     def __init__(
         self, in_features: int, out_features: int, pattern: str, values: Tensor, metadata: Tensor, bias: Tensor | None
@@ -77,7 +88,82 @@ class SparseLinear(nn.Linear):
     def metadata(self) -> Tensor:
         return getattr(self, self.format.metadata_name)
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether the layer holds the derived layout instead of values and metadata."""
+        return self._packed is not None
+
+    @property
+    def weight_nbytes(self) -> int:
+        """Bytes that the weight takes in memory now."""
+        return self._packed.nbytes if self.is_packed else self.values.nbytes + self.metadata.nbytes
+
+    def pack_refusal(self) -> str | None:
+        """None when ``pack()`` works here, otherwise why not."""
+        values, metadata = self._parameters["weight_values"], self._parameters[self.format.metadata_name]
+        if os.environ.get(PACK_VARIABLE) == "0":
+            return f"{PACK_VARIABLE}=0"
+        if "_hf_hook" in self.__dict__:
+            return "accelerate moves the tensors of this layer between devices"
+        if values.requires_grad:
+            return "the values are trained"
+        if type(values.data) is not Tensor or type(metadata.data) is not Tensor:
+            return f"the values are a {type(values.data).__name__}"
+        return packed.refusal(self.pattern, self.out_features, self.in_features, values.dtype, values.device.type)
+
+    def pack(self) -> None:
+        """Exchange values and metadata for the derived layout; ``UserError`` with the reason where there is none."""
+        if self.is_packed:
+            return
+        reason = self.pack_refusal()
+        if reason is not None:
+            raise UserError(f"this {self.pattern} layer cannot be packed: {reason}")
+        shape = self.pattern, self.out_features, self.in_features
+        self._packed = packed.pack(self.weight_values, self.metadata, *shape)
+        for name in self.format.tensor_names:  # what remains says shape and dtype, to whoever counts parameters
+            empty = self._parameters[name].to("meta")
+            self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+
+    def unpack(self) -> None:
+        """Exchange the derived layout for values and metadata again."""
+        if not self.is_packed:
+            return
+        with torch.inference_mode(False):
+            tensors = packed.unpack(self._packed, self.pattern, self.out_features, self.in_features)
+        self._packed = None
+        for name, tensor in zip(self.format.tensor_names, tensors, strict=True):
+            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+
+    def _serves(self, x: Tensor) -> bool:
+        """Whether this call runs on the derived layout, which is made for it if need be."""
+        if self.training or x.device.type != "cpu" or x.dtype != self._parameters["weight_values"].dtype:
+            return False
+        if self.is_packed or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return self.is_packed
+        if self.pack_refusal() is not None:
+            return False
+        self.pack()
+        return True
+
+    def _apply(self, fn, recurse=True):
+        self.unpack()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        self.unpack()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **options):
+        self.unpack()
+        super()._load_from_state_dict(*args, **options)
+
+    def __getstate__(self):
+        self.unpack()  # the derived layout belongs to this process and processor
+        return self.__dict__
+
     def __getattr__(self, name: str):
+        if self._packed is not None and name in self.format.tensor_names:
+            self.unpack()
         if name == "weight":  # a property could not say this: nn.Module turns its AttributeError into its own
             raise AttributeError(
                 f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress(); "
@@ -87,16 +173,17 @@ class SparseLinear(nn.Linear):
 
     @property
     def nnz(self) -> int:
-        return self.weight_values.numel()
+        return self._parameters["weight_values"].numel()
 
     @property
     def sparsity(self) -> float:
         return 1 - self.nnz / (self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        return ops.linear(
-            input, self.weight_values, self.metadata, self.bias, self.pattern, self.out_features, self.in_features
-        )
+        shape = self.pattern, self.out_features, self.in_features
+        if self._serves(input):
+            return packed.packed_linear(input, self._packed, self.bias, *shape)
+        return ops.linear(input, self.weight_values, self.metadata, self.bias, *shape)
 
     def mask(self) -> Tensor:
         """bool [out_features, in_features], True = kept."""
@@ -128,3 +215,15 @@ def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
     for name, module in model.named_modules():
         if isinstance(module, SparseLinear):
             yield name, module
+
+
+def pack_weights(model: nn.Module) -> int:
+    """Give every ``SparseLinear`` of ``model`` its derived layout now, not at the first call; returns how many have one.
+
+    For ``torch.compile``, which cannot do it on the way, and for servers that want the first answer as fast as the rest.
+    """
+    layers = [module for _, module in sparse_linears(model)]
+    for module in layers:
+        if not module.is_packed and module.pack_refusal() is None:
+            module.pack()
+    return sum(module.is_packed for module in layers)

@@ -16,7 +16,7 @@ from sparse_rt.errors import UserError
 from sparse_rt.exporters.vllm.loading import LayerWeight, Shard
 from sparse_rt.exporters.vllm.parameters import ForbiddenParameter, SparseParameter, layer_loader
 from sparse_rt.formats import VALUES_NAME, get_format
-from sparse_rt.kernels import ops  # noqa: F401  (defines torch.ops.sparse_rt)
+from sparse_rt.kernels import packed
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class StoredWeight:
 # vLLM chooses the loader with ranks and shards by the *name* of this class; a subclass needs the decorator again.
 @register_weight_loader_v2_supported_method
 class SparseRTLinearMethod(LinearMethodBase):
-    """Run-time tensors of a layer: ``weight_packed`` (values) and ``weight_metadata``, both canonical.
+    """Run-time tensors of a layer: ``weight_packed``, the derived layout of the processor, alone; where there is none the
+    canonical ``weight_packed`` (values) and ``weight_metadata``.
 
     The name ``weight_packed`` is one of the few by which vLLM's LoRA layers find the device of a quantized layer.
     """
@@ -84,18 +85,27 @@ class SparseRTLinearMethod(LinearMethodBase):
         return [Shard(name, self.stored[0].pattern, rows) for rows in sizes]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Join the shards and replace the placeholders; ``FormatError`` names what was not loaded."""
+        """Join the shards, derive the layout that is multiplied with and drop the canonical tensors.
+
+        ``FormatError`` names what was not loaded.
+        """
         weight: LayerWeight = layer.sparse_weight
         if self.dummy:
             weight.fill(sum(w.sparsity for w in self.stored) / len(self.stored))
         values, metadata = weight.finish()
         self._remove_placeholders(layer)
+        shape = weight.format.pattern, weight.m, weight.columns
+        layer.sparse_shape, layer.is_packed = shape, packed.refusal(*shape, values.dtype, values.device.type) is None
+        if layer.is_packed:
+            layer.weight_packed = Parameter(packed.pack(values, metadata, *shape), requires_grad=False)
+            return
         layer.weight_packed = Parameter(values, requires_grad=False)
         layer.weight_metadata = Parameter(metadata, requires_grad=False)
-        layer.sparse_shape = weight.format.pattern, weight.m, weight.columns
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> [..., m]: one custom op, so that torch.compile and CUDA graphs see no Python of ours."""
+        if layer.is_packed:
+            return torch.ops.sparse_rt.packed_linear(x, layer.weight_packed, bias, *layer.sparse_shape)
         return torch.ops.sparse_rt.linear(x, layer.weight_packed, layer.weight_metadata, bias, *layer.sparse_shape)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:

@@ -1,6 +1,6 @@
 """Load the compiled kernels once a process, or remember in a sentence why they cannot be used.
 
-``SPARSE_RT_NATIVE_ISA=scalar|avx2|avx512`` forces the instruction set (for tests and comparisons).
+``SPARSE_RT_NATIVE_ISA=scalar|avx2|avx512|avx512_bf16`` forces the instruction set (for tests and comparisons).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from sparse_rt.kernels.native.build import BuildError, build
 logger = logging.getLogger(__name__)
 
 ISA_VARIABLE = "SPARSE_RT_NATIVE_ISA"
-ISAS = ("scalar", "avx2", "avx512")
+ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
+# Moving elements needs no arithmetic, so the two kinds of AVX-512 share their row kernels.
+_ROW_ISAS = {"avx512_bf16": "avx512"}
 
 _lock = threading.Lock()
 _loaded: Library | str | None = None
@@ -36,15 +38,16 @@ class Library:
 
     @property
     def isa(self) -> str:
-        return self.handle.srt_isa().decode()
+        return self.handle.srt_packed_isa().decode()
 
     @property
     def has_threads(self) -> bool:
         return bool(self.handle.srt_has_threads())
 
     def use_isa(self, name: str) -> None:
-        """Choose the row kernels: one of ``ISAS``, or "" for the best one; ``BackendError`` if the processor cannot."""
-        if self.handle.srt_use_isa(name.encode()) != 0:
+        """Choose the kernels: one of ``ISAS``, or "" for the best one; ``BackendError`` if the processor cannot."""
+        rows = _ROW_ISAS.get(name, name)
+        if self.handle.srt_packed_use_isa(name.encode()) != 0 or self.handle.srt_use_isa(rows.encode()) != 0:
             known = name in ISAS
             raise BackendError(
                 f"{ISA_VARIABLE}={name}: "
@@ -142,6 +145,21 @@ def _load_file(path: Path) -> Library:
     ):
         function = getattr(handle, name)
         function.argtypes, function.restype = arguments, size
-    handle.srt_isa.restype = ctypes.c_char_p
-    handle.srt_use_isa.argtypes = [ctypes.c_char_p]
+    for name, result, arguments in (
+        ("srt_packed_runs", count, [count, count]),
+        ("srt_packed_plan", size, [count, count, address, count, *[size] * 3, *[address] * 3, count]),
+        ("srt_packed_bytes", size, [address]),
+        ("srt_packed_make", None, [address, address, count, *[address] * 4, count]),
+        ("srt_packed_kind", count, [address, size, size, size]),
+        ("srt_packed_unmake", count, [address, size, size, size, *[address] * 3, count]),
+        ("srt_packed_workspace", size, [address, size]),
+        ("srt_packed_linear", count, [address, *[size] * 3, address, size, size, address, address, size, address, count]),
+        ("srt_advise_huge", None, [address, size]),
+        ("srt_packed_isa", ctypes.c_char_p, []),
+        ("srt_isa", ctypes.c_char_p, []),
+        ("srt_packed_use_isa", count, [ctypes.c_char_p]),
+        ("srt_use_isa", count, [ctypes.c_char_p]),
+    ):
+        function = getattr(handle, name)
+        function.argtypes, function.restype = arguments, result
     return Library(path, handle)

@@ -2,19 +2,18 @@
  *
  * As in avx512.c each function names its own target. What does not fill whole steps goes to the portable kernels.
  */
+#include "avx2.h"
 #include "rows.h"
 
 #if defined(__x86_64__)
-#include <immintrin.h>
 
 #define TARGET __attribute__((target("avx2,popcnt")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-/* For every mask byte, the source lane of each of eight lanes; ZERO where there is none. The word tables are the same
- * in bytes, as VPSHUFB wants them. */
-enum { ZERO = 0x80 };
-static uint8_t expand_lanes[256][8], compress_lanes[256][8];
-static uint8_t expand_bytes[256][16], compress_bytes[256][16];
+/* The tables of avx2.h, and the same for compressing. */
+enum { ZERO = SRT_AVX2_ZERO };
+uint8_t srt_expand_lanes[256][8], srt_expand_bytes[256][16];
+static uint8_t compress_lanes[256][8], compress_bytes[256][16];
 static uint8_t pair_mask[256]; /* a byte of two 2:4 nibbles as the mask of its eight columns */
 
 static void to_bytes(uint8_t bytes[16], const uint8_t lanes[8])
@@ -31,26 +30,15 @@ __attribute__((constructor)) static void fill_tables(void)
         uint8_t kept = 0;
         memset(compress_lanes[mask], ZERO, 8);
         for (uint8_t lane = 0; lane < 8; lane++) {
-            expand_lanes[mask][lane] = mask >> lane & 1 ? kept : ZERO;
+            srt_expand_lanes[mask][lane] = mask >> lane & 1 ? kept : ZERO;
             if (mask >> lane & 1)
                 compress_lanes[mask][kept++] = lane;
         }
-        to_bytes(expand_bytes[mask], expand_lanes[mask]);
+        to_bytes(srt_expand_bytes[mask], srt_expand_lanes[mask]);
         to_bytes(compress_bytes[mask], compress_lanes[mask]);
         int low = 1 << (mask & 3) | 1 << (mask >> 2 & 3), high = 1 << (mask >> 4 & 3) | 1 << (mask >> 6 & 3);
         pair_mask[mask] = (uint8_t)(low | high << 4);
     }
-}
-
-INLINE __m256i shuffle_words(__m128i from, const uint8_t bytes[16])
-{
-    return _mm256_castsi128_si256(_mm_shuffle_epi8(from, _mm_loadu_si128((const void *)bytes)));
-}
-
-INLINE __m256i shuffle_doubles(__m256i from, const uint8_t lanes[8])
-{
-    __m256i index = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)lanes)); /* ZERO becomes negative */
-    return _mm256_andnot_si256(_mm256_srai_epi32(index, 31), _mm256_permutevar8x32_epi32(from, index));
 }
 
 /* Eight elements: 16 bytes of 2-byte elements in the lower half, 32 bytes of 4-byte elements. */
@@ -80,14 +68,14 @@ INLINE void store_eight(char *to, __m256i eight, int stream, int size)
 
 INLINE __m256i expand_eight(int mask, __m256i from, int size)
 {
-    return size == 2 ? shuffle_words(_mm256_castsi256_si128(from), expand_bytes[mask])
-                     : shuffle_doubles(from, expand_lanes[mask]);
+    return size == 2 ? srt_shuffle_words(_mm256_castsi256_si128(from), srt_expand_bytes[mask])
+                     : srt_shuffle_doubles(from, srt_expand_lanes[mask]);
 }
 
 INLINE __m256i compress_eight(int mask, __m256i from, int size)
 {
-    return size == 2 ? shuffle_words(_mm256_castsi256_si128(from), compress_bytes[mask])
-                     : shuffle_doubles(from, compress_lanes[mask]);
+    return size == 2 ? srt_shuffle_words(_mm256_castsi256_si128(from), compress_bytes[mask])
+                     : srt_shuffle_doubles(from, compress_lanes[mask]);
 }
 
 TARGET static int64_t count(const uint8_t *bits, int64_t n)

@@ -1,0 +1,144 @@
+/* Tile kernels for AVX-512 with VBMI2 but without BF16 (Ice Lake), and of fp16 and fp32 weights everywhere: the kept
+ * elements are expanded, widened to float and multiplied by FMA. */
+#include "tiles_avx512.h"
+
+#if defined(__x86_64__)
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi2,bmi,bmi2,popcnt,fma,f16c")))
+#define INLINE TARGET static inline __attribute__((always_inline))
+
+enum { AHEAD = 4096 };
+
+/* Widens one of the two columns of a vector of 16 x 2. */
+INLINE __m512 column(__m512i words, int second, int dtype)
+{
+    if (dtype == SRT_FP16)
+        return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(second ? _mm512_srli_epi32(words, 16) : words));
+    return _mm512_castsi512_ps(second ? _mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000))
+                                      : _mm512_slli_epi32(words, 16));
+}
+
+INLINE void multiply(__m512 *sums, __m512 weights, const char *x, int64_t at, int tokens)
+{
+    const float *row = (const float *)x + at * tokens;
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++)
+        sums[t] = _mm512_fmadd_ps(weights, _mm512_set1_ps(row[t]), sums[t]);
+}
+
+INLINE void finish_tile(__m512 (*sums)[SRT_FMA_TOKENS], int tokens, float *out)
+{
+    for (int t = 0; t < tokens; t++)
+        _mm512_storeu_ps(out + t * SRT_PANEL, _mm512_add_ps(sums[0][t], sums[1][t]));
+}
+
+INLINE void words_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out, int dtype)
+{
+    const uint32_t *masks = (const uint32_t *)srt_masks(w) + unit * w->stride;
+    const char *values = srt_data(w) + srt_offsets(w)[unit] * 2;
+    __m512 sums[2][SRT_FMA_TOKENS];
+    for (int t = 0; t < tokens; t++)
+        sums[0][t] = sums[1][t] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < w->stride; p++) {
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        __m512i words = srt_expand_words(masks[p], _mm512_loadu_si512(values));
+        values += 2 * _mm_popcnt_u32(masks[p]);
+        multiply(sums[0], column(words, 0, dtype), x, 2 * p, tokens);
+        multiply(sums[1], column(words, 1, dtype), x, 2 * p + 1, tokens);
+    }
+    finish_tile(sums, tokens, out);
+}
+
+INLINE void floats_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
+{
+    const uint16_t *masks = (const uint16_t *)srt_masks(w) + unit * w->stride;
+    const char *values = srt_data(w) + srt_offsets(w)[unit] * 4;
+    __m512 sums[2][SRT_FMA_TOKENS];
+    for (int t = 0; t < tokens; t++)
+        sums[0][t] = sums[1][t] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < w->stride; p += 2)
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) {
+            _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+            uint16_t mask = masks[p + k];
+            __m512i words = srt_expand_doubles(mask, _mm512_loadu_si512(values));
+            values += 4 * _mm_popcnt_u32(mask);
+            multiply(sums[k], _mm512_castsi512_ps(words), x, p + k, tokens);
+        }
+    finish_tile(sums, tokens, out);
+}
+
+INLINE void bf16_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
+{
+    words_tile(w, unit, x, tokens, out, SRT_BF16);
+}
+
+INLINE void fp16_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
+{
+    words_tile(w, unit, x, tokens, out, SRT_FP16);
+}
+
+#define FMA_TILES(NAME, BODY)                                                                                          \
+    TARGET void NAME(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)                         \
+    {                                                                                                                  \
+        switch (tokens) {                                                                                              \
+            SRT_TILES_TO_12(BODY)                                                                                      \
+        }                                                                                                              \
+    }
+
+FMA_TILES(srt_avx512_bitmask_bf16, bf16_tile)
+FMA_TILES(srt_avx512_bitmask_fp16, fp16_tile)
+FMA_TILES(srt_avx512_bitmask_fp32, floats_tile)
+
+/* Round to nearest, ties to even; a NaN stays one. (VCVTNEPS2BF16 would flush denormals.) */
+INLINE __m256i to_bf16(__m512 value)
+{
+    __m512i bits = _mm512_castps_si512(value);
+    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
+    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+
+TARGET void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype)
+{
+    for (int64_t r = 0; r < rows; r += 16) {
+        __mmask16 some = rows - r >= 16 ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
+        const char *add = (const char *)bias + r * srt_element_size(dtype);
+        char *to = (char *)y + r * srt_element_size(dtype);
+        __m512 value = _mm512_loadu_ps(tile + r);
+        if (dtype == SRT_FP32) {
+            value = bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, add)) : value;
+            _mm512_mask_storeu_ps(to, some, value);
+        } else if (dtype == SRT_BF16) {
+            __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bias ? some : 0, add));
+            value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)));
+            _mm256_mask_storeu_epi16(to, some, to_bf16(value));
+        } else {
+            value = _mm512_add_ps(value, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(bias ? some : 0, add)));
+            _mm256_mask_storeu_epi16(to, some, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        }
+    }
+}
+
+static int supported(void)
+{
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
+}
+
+const srt_tiles srt_tiles_avx512 = {
+    .name = "avx512",
+    .supported = supported,
+    .kernels = {[SRT_BITMASK] = {
+                    [SRT_BF16] = {srt_avx512_bitmask_bf16, SRT_X_FLOAT, SRT_FMA_TOKENS},
+                    [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS},
+                    [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS},
+                }},
+    .store = srt_avx512_store,
+};
+#endif

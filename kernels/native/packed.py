@@ -1,0 +1,144 @@
+"""Backend ``native`` of ``packed_linear``: which layout a weight gets, how it is made, and the product.
+
+The layouts are described in csrc/packed.h. They are made for this processor and live in memory only.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import torch
+from torch import Tensor
+
+from sparse_rt.errors import BackendError, FormatError, UserError
+from sparse_rt.formats import get_format
+from sparse_rt.formats.packing import unpack_bits
+from sparse_rt.kernels import scratch
+from sparse_rt.kernels.backends import Call, register_backend
+from sparse_rt.kernels.native import library
+from sparse_rt.kernels.native.ops import can_run
+
+LAYOUTS = ("bitmask", "pairs", "slots")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+PANEL = 16
+
+# From this sparsity on `slots` is faster than `bitmask` from 4 tokens on and level with it at one (Zen 4, one core,
+# 11008 x 4096 bf16, own dense = 1: at 70 % and 1 token 2.0 against 1.9-2.1, at 16 tokens 1.1 against 0.9).
+SLOTS_FROM = 0.68
+HUGE_PAGE = 2 << 20
+_HEADER = struct.Struct("8sii4q")
+
+
+def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[str, str]:
+    """The layout for a weight on this processor, and the reason in words."""
+    handle = library.load().handle
+    isa = library.load().isa
+
+    def runs(layout: str) -> bool:
+        return bool(handle.srt_packed_runs(LAYOUTS.index(layout), DTYPES.index(dtype)))
+
+    if pattern == "2:4" and runs("pairs"):
+        return "pairs", "2:4 on this processor needs no expansion: half the products at any number of tokens"
+    if sparsity >= SLOTS_FROM and runs("slots"):
+        return "slots", f"sparsity {sparsity:.0%} >= {SLOTS_FROM:.0%}: as many products as kept weights"
+    if runs("slots"):
+        return "bitmask", f"sparsity {sparsity:.0%} < {SLOTS_FROM:.0%}: smallest in memory, expanded in registers"
+    return "bitmask", f"the layout that {isa} has for {str(dtype).removeprefix('torch.')}"
+
+
+def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:
+    """uint8 [bytes]: the derived layout of canonical ``values`` and ``metadata``; ``layout`` overrides the choice.
+
+    Raises ``FormatError`` where values and metadata contradict each other.
+    """
+    fmt = get_format(pattern)
+    fmt.check_header("weight", values.shape, metadata.shape, m, n)
+    values, metadata = values.detach().contiguous(), metadata.detach().contiguous()
+    nibbles = int(fmt.metadata_name == "weight_meta")
+    layout = layout or choose_layout(pattern, values.dtype, 1 - values.numel() / (m * n))[0]
+    kind = LAYOUTS.index(layout), DTYPES.index(values.dtype)
+    handle, threads = library.load().handle, torch.get_num_threads()
+    counts = torch.zeros(-(-m // PANEL) + 1, dtype=torch.int64)
+    steps, header = torch.zeros_like(counts), torch.zeros(128, dtype=torch.uint8)
+    plan = counts.data_ptr(), steps.data_ptr(), header.data_ptr()
+    kept = handle.srt_packed_plan(*kind, metadata.data_ptr(), nibbles, m, n, values.numel(), *plan, threads)
+    if kept < 0:
+        raise UserError(f"a {pattern} weight of {values.dtype} cannot have the layout {layout!r}")
+    if kept != values.numel():
+        raise FormatError(
+            f"the metadata of a {pattern} weight ({m}, {n}) marks {kept} kept weights, there are {values.numel()} values"
+        )
+    packed = _huge_pages(handle.srt_packed_bytes(header.data_ptr()))
+    pointers = values.data_ptr(), metadata.data_ptr(), nibbles, *plan, packed.data_ptr()
+    handle.srt_packed_make(*pointers, threads)
+    return packed
+
+
+def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """The canonical values and metadata that ``pack`` was given, bit for bit."""
+    found = describe(packed)
+    fmt = get_format(pattern)
+    values = torch.empty(fmt.values_shape(m, n, found["nnz"]), dtype=found["dtype"])
+    metadata = torch.empty((m, (n + 7) // 8), dtype=torch.uint8)
+    counts = torch.empty(-(-m // PANEL) + 1, dtype=torch.int64)
+    outputs = values.data_ptr(), metadata.data_ptr(), counts.data_ptr()
+    arguments = packed.data_ptr(), packed.numel(), m, n, *outputs, torch.get_num_threads()
+    if values.numel() != found["nnz"] or library.load().handle.srt_packed_unmake(*arguments) != 0:
+        raise BackendError(_not_packed(m, n))
+    if fmt.metadata_name == "weight_meta" and found["layout"] != "pairs":
+        metadata = fmt.pack_mask(unpack_bits(metadata, n))
+    return values, metadata
+
+
+def describe(packed: Tensor) -> dict:
+    """Layout, dtype, m, n, nnz and bytes of a packed weight, from its header."""
+    if packed.dtype != torch.uint8 or packed.numel() < 128:
+        raise BackendError("this tensor is not a packed weight; make one with sparse_rt.kernels.packed.pack")
+    magic, layout, dtype, m, n, nnz, nbytes = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
+    if magic != b"srtpack\0":
+        raise BackendError("this tensor is not a packed weight; make one with sparse_rt.kernels.packed.pack")
+    return {"layout": LAYOUTS[layout], "dtype": DTYPES[dtype], "m": m, "n": n, "nnz": nnz, "nbytes": nbytes}
+
+
+def _can_run(call: Call) -> str | None:
+    if call.m * call.n == 0:
+        return "the weight is empty"
+    return can_run(call)
+
+
+@register_backend("packed_linear", name="native", can_run=_can_run)
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
+    """y = x W^T + bias with fp32 sums: x [..., n] -> [..., m] in the dtype of x, which must be that of the values."""
+    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, n).contiguous()
+    tokens = rows.shape[0]
+    y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+        bias = bias.to(x.dtype).contiguous()
+    handle, pointer = library.load().handle, packed.data_ptr()
+    kind = handle.srt_packed_kind(pointer, packed.numel(), m, n)
+    if kind < 0:
+        raise BackendError(_not_packed(m, n))
+    if DTYPES[kind % 16] != x.dtype:
+        raise UserError(f"packed_linear: x is {x.dtype}, the packed values are {DTYPES[kind % 16]}; they must be equal")
+    work = scratch.buffer("packed_x", (handle.srt_packed_workspace(pointer, tokens) + 64,), torch.uint8)
+    added = None if bias is None else bias.data_ptr()
+    x_part = rows.data_ptr(), rows.stride(0), tokens
+    threads = torch.get_num_threads()
+    handle.srt_packed_linear(pointer, packed.numel(), m, n, *x_part, added, y.data_ptr(), m, work.data_ptr(), threads)
+    return y
+
+
+def _not_packed(m: int, n: int) -> str:
+    return f"this is not a packed ({m}, {n}) weight, or it was made for an instruction set that is switched off now"
+
+
+def _huge_pages(nbytes: int) -> Tensor:
+    """uint8 [nbytes], on 2 MB pages as far as whole ones fit; the address space around it is never touched."""
+    with torch.inference_mode(False):
+        if nbytes < HUGE_PAGE:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        room = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % HUGE_PAGE
+    packed = room[start : start + nbytes]
+    library.load().handle.srt_advise_huge(packed.data_ptr(), nbytes)
+    return packed
