@@ -1,7 +1,7 @@
 """What all adapters share: options, the layer around a ``SparseLinear``, and the PEFT tuner that attaches it.
 
-A new adapter is one file with three classes: options (``AdapterConfig``), layer (``new_parameters`` and ``update``) and
-tuner (``@register_adapter``). See ``spp.py``.
+A new adapter is one file with three classes: options (``AdapterConfig``), layer (``new_parameters`` and ``update``, and
+``fused`` where there is a kernel for it) and tuner (``@register_adapter``). See ``spp.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from sparse_rt.adapters.effective import Rows, Update, Weight, adapted_linear, effective_values
+from sparse_rt.adapters.effective import Fused, Rows, Update, Weight, adapted_linear, effective_values
 from sparse_rt.adapters.peft_hooks import ReplaceWithoutWeight
 from sparse_rt.errors import UserError
 from sparse_rt.nn import SparseLinear, sparse_linears
@@ -104,6 +104,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """What the adapter adds to ``rows.values``: same shape, differentiable in the parameters."""
         raise NotImplementedError
 
+    @staticmethod
+    def fused(config: AdapterConfig) -> Fused | None:
+        """A faster way to do what ``update`` does, or None."""
+        return None
+
+    @classmethod
+    def update_of(cls, config: AdapterConfig, parameters: tuple[Tensor, ...]) -> Update:
+        """What an adapter with these options and parameters does to a weight."""
+        return Update(functools.partial(cls.update, config), parameters, cls.fused(config))
+
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add the adapter ``adapter_name`` with fresh parameters, float32, on the device of the values."""
         device = self.base_layer.values.device
@@ -127,8 +137,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def updates(self, adapter_names: list[str]) -> list[Update]:
         """The updates of those of ``adapter_names`` that this layer has."""
         return [
-            Update(
-                functools.partial(self.update, self.adapter_options[name]),
+            self.update_of(
+                self.adapter_options[name],
                 tuple(getattr(self, parameters)[name] for parameters in self.adapter_layer_names),
             )
             for name in adapter_names

@@ -71,11 +71,26 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """The same map as an ``Update.function`` in one pass over a whole weight, where there is a kernel for it.
+
+    ``refusal(weight, *tensors)``              why it cannot run with these inputs and results, or None
+    ``apply(weight, out, with_base, *parameters)``   effective values (or the update alone) into ``out``, rounded once
+    ``gradients(weight, dy, x, *parameters)``  of the parameters, float32
+    """
+
+    refusal: Callable[..., str | None]
+    apply: Callable[..., object]
+    gradients: Callable[..., tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
 class Update:
-    """``function(rows, *parameters)`` -> what one adapter adds to ``rows.values``."""
+    """``function(rows, *parameters)`` -> what one adapter adds to ``rows.values``; ``fused`` is only a faster way."""
 
     function: Callable[..., Tensor]
     parameters: tuple[Tensor, ...]
+    fused: Fused | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,14 @@ def compute_dtype(values: Tensor, updates: Sequence[Update]) -> torch.dtype:
     return dtype
 
 
+def _fused(weight: Weight, updates: Sequence[Update], *tensors: Tensor) -> Fused | None:
+    """The fused implementation of ``updates``: of one alone, computing in float32, with tensors it accepts."""
+    fused = updates[0].fused if len(updates) == 1 else None
+    if fused is None or compute_dtype(weight.values, updates) != torch.float32:
+        return None
+    return fused if fused.refusal(weight, *tensors) is None else None
+
+
 def effective_values(
     weight: Weight,
     updates: Sequence[Update],
@@ -123,6 +146,10 @@ def effective_values(
     """
     with torch.no_grad(), torch.autocast(weight.values.device.type, enabled=False):
         out = torch.empty_like(weight.values, dtype=dtype, requires_grad=False) if out is None else out
+        fused = _fused(weight, updates, out)
+        if fused is not None:
+            fused.apply(weight, out, with_base, *updates[0].parameters)
+            return out
         flat, compute = out.view(-1), compute_dtype(weight.values, updates)
         for block in weight.blocks:
             flat[block.begin : block.end] = _apply(weight.rows(block, compute), updates, with_base).view(-1)
@@ -144,7 +171,9 @@ def adapted_linear(
     bias = None if bias is None else bias.to(x.dtype)
     parameters = tuple(parameter for update in updates for parameter in update.parameters)
     plan = _Plan(
-        tuple(update.function for update in updates), tuple(len(update.parameters) for update in updates), with_base
+        tuple((update.function, update.fused) for update in updates),
+        tuple(len(update.parameters) for update in updates),
+        with_base,
     )
     shape = weight.pattern, weight.m, weight.n, weight.blocks
     with torch.autocast(device, enabled=False):
@@ -153,14 +182,14 @@ def adapted_linear(
 
 @dataclass(frozen=True)
 class _Plan:
-    functions: tuple[Callable[..., Tensor], ...]
+    functions: tuple[tuple[Callable[..., Tensor], Fused | None], ...]
     counts: tuple[int, ...]
     with_base: bool
 
     def updates(self, parameters: Sequence[Tensor]) -> list[Update]:
         taken, updates = 0, []
-        for function, count in zip(self.functions, self.counts, strict=True):
-            updates.append(Update(function, tuple(parameters[taken : taken + count])))
+        for (function, fused), count in zip(self.functions, self.counts, strict=True):
+            updates.append(Update(function, tuple(parameters[taken : taken + count]), fused))
             taken += count
         return updates
 
@@ -200,7 +229,8 @@ class _AdaptedLinear(torch.autograd.Function):
         weight = Weight(values, metadata, pattern, m, n, blocks)
         out = _room(values, x.dtype) if need_x else None
         with torch.autocast(x.device.type, enabled=False):
-            gradients = _pull_back(dy, x, weight, ctx.plan, parameters, need_parameters, out)
+            pull_back = _pull_back_fused if _fused(weight, ctx.plan.updates(parameters), x, dy) else _pull_back
+            gradients = pull_back(dy, x, weight, ctx.plan, parameters, need_parameters, out)
             dx = ops.linear_t(dy, out, metadata, pattern, m, n) if need_x else None
         db = dy.flatten(0, -2).sum(0) if need_bias else None
         return dx, None, None, db, None, None, *gradients
@@ -227,3 +257,14 @@ def _pull_back(dy, x, weight: Weight, plan: _Plan, parameters, needed, out: Tens
             sums = [piece if total is None else total + piece for total, piece in zip(sums, pieces, strict=True)]
     found = iter(sums)
     return [next(found) if leaf.requires_grad else None for leaf in leaves]
+
+
+def _pull_back_fused(dy, x, weight: Weight, plan: _Plan, parameters, needed, out: Tensor | None) -> list[Tensor | None]:
+    """The same in two passes of a fused implementation; the gradient of the values may never exist."""
+    (update,) = plan.updates(parameters)
+    if out is not None:
+        update.fused.apply(weight, out, plan.with_base, *parameters)
+    if not any(needed):
+        return [None] * len(needed)
+    found = update.fused.gradients(weight, dy, x, *parameters)
+    return [gradient.to(p.dtype) if need else None for p, gradient, need in zip(parameters, found, needed, strict=True)]

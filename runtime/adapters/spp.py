@@ -7,6 +7,7 @@ The update is a product with W, so zeros stay zero. Per group of rows, sum_i B_i
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
-from sparse_rt.adapters.effective import Rows
+from sparse_rt.adapters.effective import Fused, Rows, Weight
 from sparse_rt.adapters.registry import register_adapter
 from sparse_rt.errors import UserError
+from sparse_rt.kernels import factors
 
 
 @dataclass
@@ -59,6 +61,24 @@ class SPPLayer(AdapterLayer):
         groups = torch.arange(rows.start, rows.stop, device=a.device) // (rows.m // config.groups)
         spread = torch.nn.functional.one_hot(groups, config.groups).to(b.dtype) * b[rows.start : rows.stop, None]
         return rows.values * rows.kept(spread @ a) * config.scale
+
+    @staticmethod
+    def fused(config: SPPConfig) -> Fused:
+        return Fused(_refusal, functools.partial(_apply, config.scale), functools.partial(_gradients, config.scale))
+
+
+def _refusal(weight: Weight, *tensors: Tensor) -> str | None:
+    return factors.refusal(weight.pattern, weight.m, weight.n, weight.values, *tensors)
+
+
+def _apply(scale: float, weight: Weight, out: Tensor, with_base: bool, a: Tensor, b: Tensor) -> None:
+    where = weight.values, weight.metadata, weight.pattern, weight.m, weight.n
+    factors.apply(out, *where, a, b, scale, with_base)
+
+
+def _gradients(scale: float, weight: Weight, dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    where = weight.values, weight.metadata, weight.pattern, weight.m, weight.n
+    return factors.gradients(dy, x, *where, a, b, scale)
 
 
 @register_adapter

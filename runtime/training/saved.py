@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -103,7 +102,7 @@ class SavedAdapter:
         """What the adapter does to the weight of ``module``."""
         layer = self.adapter.tuner_layer_cls
         parameters = tuple(self.parameters[module][name] for name in self._parameter_names)
-        return Update(functools.partial(layer.update, self.config), parameters)
+        return layer.update_of(self.config, parameters)
 
 
 def compressed_weight(checkpoint: Checkpoint, name: str) -> Weight:

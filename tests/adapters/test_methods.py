@@ -5,6 +5,8 @@ import torch
 
 import helpers
 from sparse_rt import MaskLoRAConfig, SPPConfig
+from sparse_rt.adapters import effective
+from sparse_rt.adapters.effective import Update, Weight, adapted_linear, effective_values
 from sparse_rt.adapters.masklora import MaskLoRALayer
 from sparse_rt.adapters.spp import SPPLayer
 from sparse_rt.errors import UserError
@@ -61,3 +63,39 @@ def test_parameter_counts_of_the_papers():
     assert spp.spp_A["default"].abs().max() <= 96**-0.5 and not spp.spp_B["default"].any()
     lora = MaskLoRALayer(base, "default", MaskLoRAConfig(r=4))
     assert sum(p.numel() for p in lora.parameters() if p.requires_grad) == 4 * (96 + 64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "unstructured"])
+def test_spp_in_one_native_pass_equals_the_plain_route(monkeypatch, pattern, dtype):
+    """Values, gradients and merge; the plain route runs in float64 and its result is rounded once."""
+    m, n = 24, 200
+    layer = SPPLayer(base_layer(m, n, pattern, dtype=dtype), "default", SPPConfig(groups=4))
+    torch.nn.init.normal_(layer.spp_B["default"])
+    weight, (update,) = layer.compressed(), layer.updates(["default"])
+    x, dy = torch.randn(9, n).to(dtype), torch.randn(9, m).to(dtype)
+    if update.fused.refusal(weight, x, dy):
+        pytest.skip("no kernel for this processor")
+    wide = Weight.of(weight.values.double(), weight.metadata, pattern, m, n)
+    a, b = (p.detach().double().requires_grad_() for p in update.parameters)
+    exact = effective_values(wide, [Update(update.function, (a, b))])
+    rounding = torch.finfo(dtype).eps
+    torch.testing.assert_close(effective_values(weight, [update]), exact.to(dtype), rtol=2 * rounding, atol=1e-6)
+    adapted_linear(x.double(), wide, None, [Update(update.function, (a, b))]).backward(dy.double())
+    for found, expected in zip(update.fused.gradients(weight, dy, x, *update.parameters), (a, b), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found.double(), expected.grad, rtol=1e-4, atol=1e-5)
+
+    monkeypatch.setenv("SPARSE_RT_BACKEND", "reference")
+    assert "SPARSE_RT_BACKEND" in update.fused.refusal(weight, x, dy)
+
+
+def test_training_spp_forms_no_gradient_of_the_values(monkeypatch):
+    layer = SPPLayer(base_layer(24, 36), "default", SPPConfig(groups=4))
+    weight, (update,) = layer.compressed(), layer.updates(["default"])
+    x = torch.randn(5, 36, requires_grad=True)
+    if update.fused.refusal(weight, x):
+        pytest.skip("no kernel for this processor")
+    monkeypatch.setattr(effective.ops, "values_grad", lambda *_: pytest.fail("the values need no gradient"))
+    layer(x).sum().backward()
+    assert x.grad.any() and layer.spp_B["default"].grad.any()
