@@ -2,7 +2,7 @@
 
 In inference on a processor with native kernels a layer holds the derived layout of its weight *instead* of values and
 metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode without gradients.
-Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back, bit for
+Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back bit for
 bit, and the layer is canonical again until the next such call.
 """
 
@@ -218,9 +218,9 @@ def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:
 
 
 def pack_weights(model: nn.Module) -> int:
-    """Give every ``SparseLinear`` of ``model`` its derived layout now, not at the first call; returns how many have one.
+    """Give every ``SparseLinear`` its derived layout now, not at the first call; returns how many have one.
 
-    For ``torch.compile``, which cannot do it on the way, and for servers that want the first answer as fast as the rest.
+    For ``torch.compile``, which cannot do it on the way, and for servers whose first answer must not be slower.
     """
     layers = [module for _, module in sparse_linears(model)]
     for module in layers:

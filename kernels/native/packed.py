@@ -65,9 +65,8 @@ def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout:
     if kept < 0:
         raise UserError(f"a {pattern} weight of {values.dtype} cannot have the layout {layout!r}")
     if kept != values.numel():
-        raise FormatError(
-            f"the metadata of a {pattern} weight ({m}, {n}) marks {kept} kept weights, there are {values.numel()} values"
-        )
+        marked = f"the metadata of a {pattern} weight ({m}, {n}) marks {kept} kept weights"
+        raise FormatError(f"{marked}, there are {values.numel()} values")
     packed = _huge_pages(handle.srt_packed_bytes(header.data_ptr()))
     pointers = values.data_ptr(), metadata.data_ptr(), nibbles, *plan, packed.data_ptr()
     handle.srt_packed_make(*pointers, threads)

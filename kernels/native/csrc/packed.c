@@ -7,6 +7,7 @@
 
 #include "packed_make.h"
 #include "parallel.h"
+#include "rows.h"
 
 #define EXPORT __attribute__((visibility("default")))
 
@@ -107,7 +108,8 @@ EXPORT int srt_packed_unmake(const void *packed, int64_t bytes, int64_t m, int64
 /* ---- linear --------------------------------------------------------------------------------------------------- */
 
 /* Tokens of x are prepared as long as they stay in the second-level cache; the weight is read once for each part. */
-enum { X_BYTES = 512 << 10, SERIAL_BELOW = 1 << 16, CHUNKS_PER_THREAD = 16, MAX_TILE = 64 * SRT_MAX_TOKENS };
+enum { X_BYTES = 512 << 10, SERIAL_BELOW = 1 << 16, CHUNKS_PER_THREAD = 16 };
+enum { MAX_PART_TOKENS = 256, MAX_TILE = 64 * SRT_MAX_TOKENS };
 
 typedef struct {
     const srt_packed *w;
@@ -115,8 +117,8 @@ typedef struct {
     char *y, *prepared;
     int64_t tokens, ldx, ldy, token_bytes; /* ld: elements between two tokens */
     int64_t blocks, blocks_a_part, parts, chunks;
-    srt_tile *tile;
-    int x_kind, size;
+    const srt_kernel *kernel;
+    int size;
 } product;
 
 /* Tokens are cut into blocks of nearly equal size: 64 tokens with kernels for up to 24 make 22 + 21 + 21. */
@@ -126,7 +128,7 @@ static void prepare_block(void *context, int64_t block)
 {
     const product *p = context;
     int64_t start = first_token(p, block), stop = first_token(p, block + 1);
-    srt_x_pack(p->x_kind, p->w->dtype, p->x + start * p->ldx * p->size, p->ldx, p->w->n, (int)(stop - start),
+    srt_x_pack(p->kernel->x, p->w->dtype, p->x + start * p->ldx * p->size, p->ldx, p->w->n, (int)(stop - start),
                p->prepared + start * p->token_bytes);
 }
 
@@ -137,9 +139,32 @@ static void multiply_unit(const product *p, int64_t unit, int64_t block)
     int64_t start = first_token(p, block), count = first_token(p, block + 1) - start;
     int unit_rows = srt_unit_rows(p->w);
     int64_t row = unit * unit_rows, rows = p->w->m - row < unit_rows ? p->w->m - row : unit_rows;
-    p->tile(p->w, unit, p->prepared + start * p->token_bytes, (int)count, out);
+    p->kernel->tile(p->w, unit, p->prepared + start * p->token_bytes, (int)count, out);
     for (int64_t t = 0; t < count; t++)
         tiles->store(out + t * unit_rows, p->bias ? p->bias + row * p->size : NULL,
+                     p->y + ((start + t) * p->ldy + row) * p->size, rows, p->w->dtype);
+}
+
+/* One unit of rows times blocks [first, last): expanded once, a part of its vectors at a time. */
+static void multiply_expanded(const product *p, int64_t unit, int64_t first, int64_t last)
+{
+    _Alignas(64) char vectors[SRT_EXPANDED * 64];
+    float out[MAX_PART_TOKENS * SRT_PANEL];
+    int64_t start = first_token(p, first), row = unit * SRT_PANEL, unit_bytes = p->token_bytes / p->w->stride;
+    int64_t rows = p->w->m - row < SRT_PANEL ? p->w->m - row : SRT_PANEL;
+    const char *values = srt_data(p->w) + srt_offsets(p->w)[unit] * p->size;
+    memset(out, 0, sizeof(float) * SRT_PANEL * (size_t)(first_token(p, last) - start));
+    for (int64_t v = 0; v < p->w->stride; v += SRT_EXPANDED) {
+        int64_t count = p->w->stride - v < SRT_EXPANDED ? p->w->stride - v : SRT_EXPANDED;
+        values = p->kernel->expand(p->w, unit, v, count, values, vectors);
+        for (int64_t block = first; block < last; block++) {
+            int64_t at = first_token(p, block), tokens = first_token(p, block + 1) - at;
+            p->kernel->dense(vectors, count, p->prepared + at * p->token_bytes + v * tokens * unit_bytes, (int)tokens,
+                             out + (at - start) * SRT_PANEL);
+        }
+    }
+    for (int64_t t = 0; t < first_token(p, last) - start; t++)
+        tiles->store(out + t * SRT_PANEL, p->bias ? p->bias + row * p->size : NULL,
                      p->y + ((start + t) * p->ldy + row) * p->size, rows, p->w->dtype);
 }
 
@@ -148,10 +173,14 @@ static void multiply_chunk(void *context, int64_t index)
     const product *p = context;
     int64_t part = index / p->chunks, chunk = index % p->chunks;
     int64_t first = p->w->units * chunk / p->chunks, last = p->w->units * (chunk + 1) / p->chunks;
-    int64_t block_end = part + 1 == p->parts ? p->blocks : (part + 1) * p->blocks_a_part;
+    int64_t block = part * p->blocks_a_part;
+    int64_t block_end = part + 1 == p->parts ? p->blocks : block + p->blocks_a_part;
     for (int64_t unit = first; unit < last; unit++)
-        for (int64_t block = part * p->blocks_a_part; block < block_end; block++)
-            multiply_unit(p, unit, block);
+        if (p->kernel->expand && block_end - block > 1)
+            multiply_expanded(p, unit, block, block_end);
+        else
+            for (int64_t b = block; b < block_end; b++)
+                multiply_unit(p, unit, b);
 }
 
 /* Bytes of work space that srt_packed_linear needs for so many tokens. */
@@ -172,13 +201,13 @@ EXPORT int srt_packed_linear(const void *packed, int64_t bytes, int64_t m, int64
     if (tokens == 0 || m == 0)
         return 0;
     product p = {.w = w, .x = x, .bias = bias, .y = y, .prepared = workspace, .tokens = tokens, .ldx = ldx, .ldy = ldy};
-    p.tile = tiles->kernels[w->layout][w->dtype].tile;
-    p.x_kind = tiles->kernels[w->layout][w->dtype].x;
+    p.kernel = &tiles->kernels[w->layout][w->dtype];
     p.size = srt_element_size(w->dtype);
-    p.token_bytes = srt_x_token_bytes(p.x_kind, n);
-    p.blocks = srt_divide_up(tokens, tiles->kernels[w->layout][w->dtype].max_tokens);
-    int64_t block_bytes = srt_divide_up(tokens, p.blocks) * (p.token_bytes > 0 ? p.token_bytes : 1);
-    p.blocks_a_part = X_BYTES / block_bytes > 1 ? X_BYTES / block_bytes : 1;
+    p.token_bytes = srt_x_token_bytes(p.kernel->x, n);
+    p.blocks = srt_divide_up(tokens, p.kernel->max_tokens);
+    int64_t block_tokens = srt_divide_up(tokens, p.blocks);
+    int64_t fit = srt_min(MAX_PART_TOKENS, X_BYTES / (p.token_bytes > 0 ? p.token_bytes : 1)) / block_tokens;
+    p.blocks_a_part = fit > 1 ? fit : 1;
     p.parts = srt_divide_up(p.blocks, p.blocks_a_part);
     if (srt_threads_for(threads) == 1 || m * n * tokens < SERIAL_BELOW)
         threads = 1;

@@ -30,7 +30,7 @@ enum {
 
 enum { SRT_PANEL = 16, SRT_PAIR_PANELS = 4, SRT_PAIR_BLOCK = 8, SRT_WINDOW_STEP = 64 };
 enum { SRT_SLOT_STEP_BYTES = 192, SRT_SLOT_PADDING = 128 }; /* padding: the bit of an index that marks an empty slot */
-enum { SRT_MAX_TOKENS = 24 };
+enum { SRT_MAX_TOKENS = 24, SRT_EXPANDED = 256 }; /* expanded: vectors at a time, 16 KB */
 
 /* Tables and data are positions in bytes behind the start of the header. */
 typedef struct {
@@ -56,14 +56,26 @@ static inline const char *srt_data(const srt_packed *w) { return (const char *)w
 /* out [tokens][rows of a unit] = the product of one unit with a block of x. `tokens` is 1 .. max_tokens. */
 typedef void srt_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out);
 
-/* The kernels of one instruction set; a tile is NULL where a layout or dtype has none. */
+/* For more tokens than one tile takes, a part of a unit is expanded once and multiplied with block after block:
+ * vectors [count] from the kept elements at `values` (the part begins at vector `first`); returns what follows them. */
+typedef const char *srt_expander(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
+                                 char *vectors);
+/* out [tokens][SRT_PANEL] += the product of expanded vectors with their part of a block of x. */
+typedef void srt_dense_tile(const char *vectors, int64_t count, const char *x, int tokens, float *out);
+
+/* How a layout is multiplied with: all NULL where an instruction set has no kernel for it. */
+typedef struct {
+    srt_tile *tile;
+    int x, max_tokens;
+    srt_expander *expand; /* may be NULL, like `dense` */
+    srt_dense_tile *dense;
+} srt_kernel;
+
+/* The kernels of one instruction set. */
 typedef struct {
     const char *name;
     int (*supported)(void);
-    struct {
-        srt_tile *tile;
-        int x, max_tokens;
-    } kernels[3][3]; /* [layout][dtype] */
+    srt_kernel kernels[3][3]; /* [layout][dtype] */
     /* y[rows] in dtype = tile + bias (NULL: none). */
     void (*store)(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
 } srt_tiles;

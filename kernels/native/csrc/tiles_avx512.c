@@ -68,15 +68,9 @@ INLINE void floats_tile(const srt_packed *w, int64_t unit, const char *x, int to
     finish_tile(sums, tokens, out);
 }
 
-INLINE void bf16_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
-{
-    words_tile(w, unit, x, tokens, out, SRT_BF16);
-}
-
-INLINE void fp16_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
-{
-    words_tile(w, unit, x, tokens, out, SRT_FP16);
-}
+#define BF16_TILE(T) words_tile(w, unit, x, T, out, SRT_BF16)
+#define FP16_TILE(T) words_tile(w, unit, x, T, out, SRT_FP16)
+#define FP32_TILE(T) floats_tile(w, unit, x, T, out)
 
 #define FMA_TILES(NAME, BODY)                                                                                          \
     TARGET void NAME(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)                         \
@@ -86,9 +80,9 @@ INLINE void fp16_tile(const srt_packed *w, int64_t unit, const char *x, int toke
         }                                                                                                              \
     }
 
-FMA_TILES(srt_avx512_bitmask_bf16, bf16_tile)
-FMA_TILES(srt_avx512_bitmask_fp16, fp16_tile)
-FMA_TILES(srt_avx512_bitmask_fp32, floats_tile)
+FMA_TILES(srt_avx512_bitmask_bf16, BF16_TILE)
+FMA_TILES(srt_avx512_bitmask_fp16, FP16_TILE)
+FMA_TILES(srt_avx512_bitmask_fp32, FP32_TILE)
 
 /* Round to nearest, ties to even; a NaN stays one. (VCVTNEPS2BF16 would flush denormals.) */
 INLINE __m256i to_bf16(__m512 value)

@@ -26,9 +26,10 @@ enum { SRT_FMA_TOKENS = 12 };
 SRT_EXPAND(srt_expand_words, "vpexpandw", __mmask32)
 SRT_EXPAND(srt_expand_doubles, "vpexpandd", __mmask16)
 
-/* A tile kernel for every number of tokens from 1 to 12, or to 24, from one body with the number as a constant. */
+/* A kernel for every number of tokens from 1 to 12, or to 24, from one body with the number as a constant: a macro
+ * BODY(T) that makes the call. */
 #define SRT_TILE(BODY, T)                                                                                              \
-    case T: BODY(w, unit, x, T, out); break;
+    case T: BODY(T); break;
 #define SRT_TILES_TO_12(BODY)                                                                                          \
     SRT_TILE(BODY, 1) SRT_TILE(BODY, 2) SRT_TILE(BODY, 3) SRT_TILE(BODY, 4) SRT_TILE(BODY, 5) SRT_TILE(BODY, 6)        \
     SRT_TILE(BODY, 7) SRT_TILE(BODY, 8) SRT_TILE(BODY, 9) SRT_TILE(BODY, 10) SRT_TILE(BODY, 11) SRT_TILE(BODY, 12)
@@ -36,14 +37,6 @@ SRT_EXPAND(srt_expand_doubles, "vpexpandd", __mmask16)
     SRT_TILES_TO_12(BODY)                                                                                              \
     SRT_TILE(BODY, 13) SRT_TILE(BODY, 14) SRT_TILE(BODY, 15) SRT_TILE(BODY, 16) SRT_TILE(BODY, 17) SRT_TILE(BODY, 18)  \
     SRT_TILE(BODY, 19) SRT_TILE(BODY, 20) SRT_TILE(BODY, 21) SRT_TILE(BODY, 22) SRT_TILE(BODY, 23) SRT_TILE(BODY, 24)
-
-#define SRT_TILES(NAME, TARGET, BODY)                                                                                  \
-    TARGET static void NAME(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)                  \
-    {                                                                                                                  \
-        switch (tokens) {                                                                                              \
-            SRT_TILES_TO_24(BODY)                                                                                      \
-        }                                                                                                              \
-    }
 
 srt_tile srt_avx512_bitmask_bf16, srt_avx512_bitmask_fp16, srt_avx512_bitmask_fp32;
 void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype);

@@ -50,7 +50,51 @@ INLINE void bitmask_tile(const srt_packed *w, int64_t unit, const char *x, int t
     }
 }
 
-SRT_TILES(bitmask, TARGET, bitmask_tile)
+TARGET static void bitmask(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)
+{
+#define BITMASK(T) bitmask_tile(w, unit, x, T, out)
+    switch (tokens) {
+        SRT_TILES_TO_24(BITMASK)
+    }
+}
+
+TARGET static const char *expand(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
+                                 char *vectors)
+{
+    const uint32_t *masks = (const uint32_t *)srt_masks(w) + unit * w->stride + first;
+    for (int64_t v = 0; v < count; v++) {
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        _mm512_store_si512(vectors + 64 * v, srt_expand_words(masks[v], _mm512_loadu_si512(values)));
+        values += 2 * _mm_popcnt_u32(masks[v]);
+    }
+    return values;
+}
+
+INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int tokens, float *out)
+{
+    __m512 sums[SRT_MAX_TOKENS];
+#pragma GCC unroll 24
+    for (int t = 0; t < tokens; t++)
+        sums[t] = _mm512_loadu_ps(out + t * SRT_PANEL);
+    for (int64_t v = 0; v < count; v++) {
+        __m512i weights = _mm512_load_si512(vectors + 64 * v);
+        const int32_t *pairs = (const int32_t *)x + v * tokens;
+#pragma GCC unroll 24
+        for (int t = 0; t < tokens; t++)
+            sums[t] = dot(sums[t], weights, _mm512_set1_epi32(pairs[t]));
+    }
+#pragma GCC unroll 24
+    for (int t = 0; t < tokens; t++)
+        _mm512_storeu_ps(out + t * SRT_PANEL, sums[t]);
+}
+
+TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, float *out)
+{
+#define DENSE(T) dense_tile(vectors, count, x, T, out)
+    switch (tokens) {
+        SRT_TILES_TO_24(DENSE)
+    }
+}
 
 /* ---- 2:4 ------------------------------------------------------------------------------------------------------ */
 
@@ -195,7 +239,7 @@ const srt_tiles srt_tiles_avx512_bf16 = {
     .supported = supported,
     .kernels = {
         [SRT_BITMASK] = {
-            [SRT_BF16] = {bitmask, SRT_X_PAIRS, SRT_MAX_TOKENS},
+            [SRT_BF16] = {bitmask, SRT_X_PAIRS, SRT_MAX_TOKENS, expand, dense},
             [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS},
             [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS},
         },
