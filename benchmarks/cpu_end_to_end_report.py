@@ -1,0 +1,159 @@
+"""The rows of cpu_end_to_end.py as tables for people, with the bars that serving has to reach.
+
+    cd benchmarks
+    python cpu_end_to_end_report.py results/cpu_end_to_end.jsonl
+
+Where the file holds a figure more than once, the last one counts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from sparse_rt.benchmarking.machine import BUSY_CORES
+from sparse_rt.report import markdown_list, markdown_table, quantity
+
+Rows = list[dict[str, Any]]
+
+# Ratio to dense vLLM that decoding has to reach: (model, batch) -> bar.
+BARS = {
+    **{(model, 1): bar for model, bar in (("2:4", 1.6), ("0.5", 1.6), ("0.75", 2.4))},
+    **{(model, 16): 0.95 for model in ("2:4", "0.5", "0.7", "0.75", "0.9")},
+}
+
+
+def tables(rows: Rows) -> str:
+    """Everything that is worth reading first, as Markdown."""
+    rows = latest(rows)
+    good = [row for row in rows if not row["error"]]
+    parts = [header(good), bars(good), *(table(good, part) for part in dict.fromkeys(row["part"] for row in good))]
+    failed = [f"{row['model']}, {row['part']}: {row['error']}" for row in rows if row["error"]]
+    parts += ["## Failed\n\n" + markdown_list(failed)] if failed else []
+    return "\n".join(part for part in [*parts, noise(good)] if part)
+
+
+def latest(rows: Rows) -> Rows:
+    """One row a figure, the last, in the order of their first appearance; an error yields to a later success."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        found[identity(row)] = row
+    succeeded = {identity(row)[:4] for row in rows if not row["error"]}
+    return [row for key, row in found.items() if not row["error"] or key[:4] not in succeeded]
+
+
+def identity(row: dict[str, Any]) -> tuple:
+    bench = row["bench"]
+    return (
+        row["parameters"],
+        row["model"],
+        row["part"],
+        bench.get("threads"),
+        *map(row.get, ("engine", "what", "batch")),
+    )
+
+
+def header(rows: Rows) -> str:
+    """Machine and model, once per kind."""
+    lines = []
+    for row in rows:
+        bench = row["bench"]
+        packages = ", ".join(f"{name} {version}" for name, version in bench["packages"].items())
+        lines.append(
+            f"{row['parameters'] / 1e6:.0f} million parameters, {row['linear_parameters'] / row['parameters']:.0%} of "
+            f"them in compressed layers; {bench['processor']}, {bench['threads']} of {bench['cores']} cores; "
+            f"{packages}; commit {bench['commit']}, {bench['date'][:10]}"
+        )
+    return "# CPU, end to end: dense / sparse, above 1 sparse is faster or smaller\n\n" + markdown_list(
+        dict.fromkeys(lines)
+    )
+
+
+def bars(rows: Rows) -> str:
+    """Decoding in vLLM against its bars."""
+    cells = []
+    for row in rows:
+        bar = BARS.get((row["model"], row["batch"])) if row["part"] == "vllm-decode" else None
+        if bar is None or row["phase"] != "decode":
+            continue
+        ratio = row["ratio"]
+        missed = "" if ratio["median"] >= bar else f"missed by {1 - ratio['median'] / bar:.0%}"
+        if ratio["min"] < bar <= ratio["max"]:
+            missed = f"{missed or 'reached'}, not in every pair"
+        cells.append(
+            (
+                row["model"],
+                row["batch"],
+                row["bench"]["threads"],
+                f"{ratio['median']:.2f}x",
+                f"{ratio['min']:.2f}-{ratio['max']:.2f}",
+                f"{bar:.2f}x",
+                missed or "reached",
+            )
+        )
+    if not cells:
+        return ""
+    dense = sorted({row["bench"]["engine_settings"]["dense_linear"] for row in rows if row["engine"] == "vllm"})
+    columns = ["model", "batch>", "threads>", "ratio>", "range>", "bar>", ""]
+    return f"## Decoding in vLLM (dense: {', '.join(dense)})\n\n{markdown_table(columns, cells)}"
+
+
+def table(rows: Rows, part: str) -> str:
+    """All figures of one part."""
+    cells = []
+    for row in (row for row in rows if row["part"] == part):
+        ratio, speeds = row["ratio"], row["tokens_per_second"]
+        cells.append(
+            (
+                row["model"],
+                f"{row['phase']}, {row['what']}" if row["engine"] != "files" else row["what"],
+                row["batch"] or "",
+                *(quantity(row[side]["median"], row["unit"]) for side in ("dense", "sparse")),
+                *(f"{speeds[side]:.1f}" if speeds else "" for side in ("dense", "sparse")),
+                f"{ratio['median']:.2f}x",
+                f"{ratio['min']:.2f}-{ratio['max']:.2f}",
+                f"{row['byte_limit']:.2f}x" if row["phase"] == "decode" else "",
+            )
+        )
+    columns = [
+        "model",
+        "",
+        "batch>",
+        "dense>",
+        "sparse>",
+        "dense tok/s>",
+        "sparse tok/s>",
+        "ratio>",
+        "range>",
+        "bytes>",
+    ]
+    commands = dict.fromkeys(row["bench"]["command"] for row in rows if row["part"] == part)
+    return f"## {part}\n\n{markdown_table(columns, cells)}\n" + markdown_list(f"`{command}`" for command in commands)
+
+
+def noise(rows: Rows) -> str:
+    """Which parts shared the machine with others."""
+    busy = {}
+    for row in rows:
+        cores = max((share for share in row["bench"]["busy"] if share is not None), default=0.0)
+        if cores > BUSY_CORES:
+            busy[f"{row['model']}, {row['part']}: other processes kept up to {cores:.1f} cores busy"] = None
+    return "## Not on an idle machine\n\n" + markdown_list(busy) if busy else ""
+
+
+def read_rows(files: Iterable[Path]) -> Rows:
+    return [json.loads(line) for file in files for line in file.read_text().splitlines() if line.strip()]
+
+
+@click.command(help=__doc__.split("\n")[0])
+@click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def main(files):
+    click.echo(tables(read_rows(files)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""The end-to-end benchmark on a tiny model: rows that hold together, models that are kept, bars that are judged."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cpu_end_to_end
+import cpu_end_to_end_report as report
+import pytest
+from random_llama import Shape, dense_folder, sparse_folder
+
+from sparse_rt.benchmarking.rows import Row
+from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
+from sparse_rt.child import in_fresh_process
+from sparse_rt.progress import Progress
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+# Heads of 32: vLLM's attention on a CPU takes no smaller ones.
+SIZES = dict(layers=1, hidden=64, intermediate=128, heads=2, kv_heads=1, vocabulary=4096)
+LENGTHS = dict(prompt_tokens=8, new_tokens=3, prefill_tokens=16, train_tokens=8)
+
+
+def run(workdir: Path, *arguments: str) -> subprocess.CompletedProcess:
+    options = [
+        word for name, value in (SIZES | LENGTHS).items() for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    command = [sys.executable, str(FOLDER / "cpu_end_to_end.py"), "--workdir", str(workdir), "--threads", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [*command, *options, *arguments], capture_output=True, text=True, check=False, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tmp_path_factory.mktemp("end_to_end")
+
+
+def test_the_models_are_what_their_shape_says_and_are_made_once(workdir):
+    shape = Shape(**SIZES)
+    dense = dense_folder(workdir, shape, Progress())
+    sparse = sparse_folder(workdir, shape, "unstructured", 0.75, Progress())
+    count = {name: math.prod(entry.shape) for name, entry in SourceCheckpoint.open(dense).tensors.items()}
+    assert sum(count.values()) == shape.parameters
+    assert sum(n for name, n in count.items() if name.endswith("_proj.weight")) == shape.linear_parameters
+    weights = Checkpoint.open(sparse).weights.values()
+    assert sum(weight.m * weight.n for weight in weights) == shape.linear_parameters
+    assert sum(weight.nnz for weight in weights) == shape.linear_parameters // 4
+    before = (sparse / "config.json").stat().st_mtime_ns
+    sparse_folder(workdir, shape, "unstructured", 0.75, Progress())
+    assert (sparse / "config.json").stat().st_mtime_ns == before
+
+
+def test_the_byte_limit_is_that_of_the_files():
+    assert Shape(vocabulary=0).byte_limit("unstructured", 0.75) == pytest.approx(1 / (0.25 + 1 / 16))
+    assert Shape().byte_limit("2:4", 0.5) == Shape().byte_limit("unstructured", 0.5) < 1 / (0.5 + 1 / 16)
+    assert Shape().parameters == pytest.approx(1.04e9, rel=0.01)
+
+
+@pytest.mark.slow
+def test_parts_write_rows_of_both_sides(workdir):
+    pytest.importorskip("vllm")
+    output = workdir / "rows.jsonl"
+    parts = ("vllm-decode", "kept")
+    chosen = [word for part in parts for word in ("--part", part)]
+    done = run(
+        workdir,
+        *("--model", "2:4", "--repeats", "1", "--batch", "1", "--batch", "2"),
+        *("--output", str(output), "--keep-canonical", "SPARSE_RT_TEST=1", *chosen),
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert {row["part"] for row in rows} == set(parts)
+    decode = [row for row in rows if row["part"] == "vllm-decode" and row["phase"] == "decode"]
+    assert [row["batch"] for row in decode] == [1, 2]
+    for row in rows:
+        pairs = zip(row["dense"]["samples"], row["sparse"]["samples"], strict=True)
+        assert row["ratio"]["samples"] == [dense / sparse for dense, sparse in pairs]
+        assert row["error"] is None and row["bench"]["commit"] and row["bench"]["threads"] == 1
+    assert decode[0]["bench"]["engine_settings"]["dense_linear"] in ("oneDNN", "zentorch")
+    assert "| 2:4 | 1 | 1 |" in done.stdout and decode[0]["bench"]["command"] in done.stdout
+
+
+def test_a_failed_part_is_a_row_and_an_exit_status(workdir):
+    output = workdir / "failed.jsonl"
+    done = run(workdir, "--model", "2:4", "--part", "hf-prefill", "--prefill-tokens", "5000", "--output", str(output))
+    assert done.returncode == 1
+    (row,) = [json.loads(line) for line in output.read_text().splitlines()]
+    assert "2048 positions" in row["error"] and row["part"] == "hf-prefill"
+    assert "## Failed" in done.stdout
+
+
+def test_the_setting_reaches_the_processes_and_goes_again():
+    with cpu_end_to_end.setting("SPARSE_RT_TEST=a=b"):
+        assert in_fresh_process("os:getenv", "SPARSE_RT_TEST") == "a=b"
+    assert "SPARSE_RT_TEST" not in os.environ
+
+
+def figure(model="0.5", batch=1, ratios=(2.0, 2.0), **changes):
+    """A row as the benchmark writes it, with made-up times."""
+    row = Row("vllm", "decode", "one step", "s", list(ratios), [1.0] * len(ratios), batch=batch, tokens=batch)
+    bench = {"threads": 2, "cores": 2, "processor": "a processor", "packages": {"torch": "2"}, "commit": "abc"}
+    bench |= {"date": "2026-01-01T00:00", "busy": [0.0, 0.0], "command": "sparse-rt bench"}
+    bench |= {"engine_settings": {"dense_linear": "oneDNN"}}
+    about = {"part": "vllm-decode", "model": model, "parameters": 100, "linear_parameters": 90, "byte_limit": 1.7}
+    return {**row.to_dict(), **about, "bench": bench, "error": None, **changes}
+
+
+@pytest.mark.parametrize(
+    "row, verdict",
+    [
+        (dict(ratios=(1.7, 1.8, 1.9)), "reached"),
+        (dict(ratios=(1.2, 1.2)), "missed by 25%"),
+        (dict(ratios=(1.5, 1.8, 1.9)), "reached, not in every pair"),
+        (dict(model="0.75", ratios=(2.0, 2.0)), "missed by 17%"),
+        (dict(batch=16, ratios=(0.96, 0.97)), "reached"),
+    ],
+)
+def test_the_bars_are_those_of_serving(row, verdict):
+    (line,) = [line for line in report.bars([figure(**row)]).splitlines() if line.startswith("| 0")]
+    assert line.split("|")[-2].strip() == verdict
+    assert report.bars([figure(batch=4), figure(model="0.7", batch=1)]) == ""
+
+
+def test_the_last_figure_counts_and_noise_is_said():
+    old, new = figure(ratios=(3.0,)), figure(ratios=(2.5,))
+    failed = {key: new[key] for key in ("part", "model", "parameters", "linear_parameters", "byte_limit", "bench")}
+    text = report.tables([old, failed | {"error": "too busy"}, new])
+    assert "2.50x" in text and "3.00x" not in text and "too busy" not in text and "idle" not in text
+    assert "too busy" in report.tables([failed | {"error": "too busy"}])
+    busy = figure(bench=new["bench"] | {"busy": [0.0, 1.2]})
+    assert "up to 1.2 cores busy" in report.tables([busy])
