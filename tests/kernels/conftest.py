@@ -1,9 +1,24 @@
-"""Memory whose end is guarded."""
+"""Every instruction set in turn, and memory whose end is guarded."""
 
 import ctypes
 import mmap
 
 import pytest
+
+from sparse_rt.errors import BackendError
+from sparse_rt.kernels.native import library
+
+
+@pytest.fixture(params=library.ISAS)
+def isa(request):
+    """The name of an instruction set that is in use during the test; those of other processors are skipped."""
+    handle = library.load()
+    try:
+        handle.use_isa(request.param)
+    except BackendError as error:
+        pytest.skip(str(error))
+    yield request.param
+    handle.use_isa("")
 
 
 @pytest.fixture

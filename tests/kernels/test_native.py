@@ -8,7 +8,7 @@ import threading
 import pytest
 import torch
 
-from sparse_rt.errors import BackendError, FormatError, UserError
+from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.kernels import backends, scratch
 from sparse_rt.kernels.native import library
@@ -17,17 +17,6 @@ from sparse_rt.kernels.native import ops as native
 BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
 # no multiple of 8, 32 or 64 columns; fewer columns than a vector; rows for several threads; more than 16 MiB at the end
 SHAPES = ((1, 1), (3, 7), (5, 12), (17, 33), (33, 60), (64, 100), (70, 1000), (129, 4096))
-
-
-@pytest.fixture(params=library.ISAS)
-def isa(request):
-    handle = library.load()
-    try:
-        handle.use_isa(request.param)
-    except BackendError as error:
-        pytest.skip(str(error))
-    yield request.param
-    handle.use_isa("")
 
 
 @pytest.fixture(params=[1, 3], ids=["serial", "threads"])
