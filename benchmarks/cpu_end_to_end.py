@@ -15,8 +15,8 @@ The models are made in the work folder and used again (random_llama.py says whic
     hf-prefill    prompt of 512 tokens
     train         forward, backward and AdamW on 1 x 256 tokens: SPP on the compressed model, LoRA of as many parameters
                   on the dense one; disk, load and memory in a fresh process a sample, at the peak of training too
-    kept          the memory with --keep-canonical NAME=VALUE in the environment, a setting that makes compressed layers
-                  keep the tensors of the file beside the layout they run from
+    canonical     the memory with SPARSE_RT_PACK=0: compressed layers stay on the tensors of the file; in the other
+                  parts they hold the layout that they run from instead
 
 One JSON row per figure, written as soon as its part is done; a part that fails makes an error row, and the exit status
 is 1. Dense vLLM multiplies with oneDNN, or with zentorch where that is installed: the rows say which.
@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,11 +39,12 @@ from random_llama import Shape, dense_folder, sparse_folder
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.config import BenchOptions
 from sparse_rt.errors import SparseRTError, UserError
+from sparse_rt.nn import PACK_VARIABLE
 from sparse_rt.tools.console import ConsoleProgress
 from sparse_rt.workflows.bench import bench
 
 MODELS = {"2:4": ("2:4", 0.5), **{f"{sparsity:g}": ("unstructured", sparsity) for sparsity in (0.5, 0.7, 0.75, 0.9)}}
-PARTS = ("vllm-decode", "vllm-prefill", "hf-decode", "hf-prefill", "train", "kept")
+PARTS = ("vllm-decode", "vllm-prefill", "hf-decode", "hf-prefill", "train", "canonical")
 # A fresh process a sample is slow, and its figures vary little.
 FRESH_REPEATS = 3
 
@@ -63,7 +64,7 @@ def part_options(part: str, lengths: dict[str, int], batches: list[int], repeats
         "hf-decode": {"phase": ["decode"], **short},
         "hf-prefill": {"phase": ["prefill"], **long},
         "train": {"phase": ["disk", "load", "memory", "train"], **fresh},
-        "kept": {"phase": ["memory"], **fresh},
+        "canonical": {"phase": ["memory"], **fresh},
     }[part]
 
 
@@ -96,7 +97,10 @@ def run_part(part: str, options: BenchOptions, progress: ConsoleProgress) -> lis
 
 def command(options: BenchOptions) -> str:
     """What a user types for the same part, folders by name."""
-    words = [f"OMP_NUM_THREADS={torch.get_num_threads()}", "sparse-rt", "bench", Path(options.model).name]
+    settings = [f"OMP_NUM_THREADS={torch.get_num_threads()}"]
+    if PACK_VARIABLE in os.environ:
+        settings.append(f"{PACK_VARIABLE}={os.environ[PACK_VARIABLE]}")
+    words = [*settings, "sparse-rt", "bench", Path(options.model).name]
     for name, value in options.model_dump(exclude_defaults=True, exclude={"model"}).items():
         values = value if isinstance(value, list) else [Path(value).name if name == "baseline" else value]
         words += [word for single in values for word in (f"--{name.replace('_', '-')}", str(single))]
@@ -104,23 +108,22 @@ def command(options: BenchOptions) -> str:
 
 
 @contextmanager
-def setting(assignment: str | None) -> Iterator[None]:
-    """NAME=VALUE in the environment of this process and of those it starts."""
-    name, _, value = (assignment or "").partition("=")
-    before = os.environ.get(name)
-    if name:
-        os.environ[name] = value
+def unpacked(wanted: bool) -> Iterator[None]:
+    """No derived layouts in the processes that are started meanwhile, where ``wanted``."""
+    before = os.environ.get(PACK_VARIABLE)
+    if wanted:
+        os.environ[PACK_VARIABLE] = "0"
     try:
         yield
     finally:
-        if name and before is None:
-            del os.environ[name]
-        elif name:
-            os.environ[name] = before
+        if wanted and before is None:
+            del os.environ[PACK_VARIABLE]
+        elif wanted:
+            os.environ[PACK_VARIABLE] = before
 
 
 def measure(
-    parts: list[str], label: str, workdir: Path, shape: Shape, keep: str | None, chosen: dict[str, Any]
+    parts: Iterable[str], label: str, workdir: Path, shape: Shape, chosen: dict[str, Any]
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of each part for one sparse model, part by part."""
     pattern, sparsity = MODELS[label]
@@ -140,7 +143,7 @@ def measure(
         progress.stage(f"== {label}: {part}")
         fields = part_options(part, **chosen)
         try:
-            with setting(keep if part == "kept" else None):
+            with unpacked(part == "canonical"):
                 options = BenchOptions.build(model=str(sparse), baseline=str(dense), **fields)
                 rows = run_part(part, options, progress)
         except SparseRTError as error:
@@ -154,7 +157,7 @@ def measure(
 @click.option("--workdir", type=click.Path(path_type=Path), required=True, help="where the models are made and kept")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines; appended to")
 @click.option("--model", "models", multiple=True, type=click.Choice(list(MODELS)), default=list(MODELS))
-@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), help="default: all that are possible")
+@click.option("--part", "parts", multiple=True, type=click.Choice(PARTS), default=PARTS)
 @click.option("--threads", type=int, help="default: as many as torch uses here")
 @click.option("--batch", "batches", multiple=True, type=int, default=(1, 4, 16), show_default=True)
 @click.option("--repeats", type=int, default=5, show_default=True, help="pairs of dense and sparse")
@@ -162,7 +165,6 @@ def measure(
 @click.option("--new-tokens", type=int, default=32, show_default=True)
 @click.option("--prefill-tokens", type=int, default=512, show_default=True)
 @click.option("--train-tokens", type=int, default=256, show_default=True)
-@click.option("--keep-canonical", metavar="NAME=VALUE", help="environment for the part `kept`")
 @click.option("--make-only", is_flag=True, help="make the models and stop")
 @click.option("--layers", type=int, default=Shape.layers, show_default=True)
 @click.option("--hidden", type=int, default=Shape.hidden, show_default=True)
@@ -170,18 +172,15 @@ def measure(
 @click.option("--heads", type=int, default=Shape.heads, show_default=True)
 @click.option("--kv-heads", type=int, default=Shape.kv_heads, show_default=True)
 @click.option("--vocabulary", type=int, default=Shape.vocabulary, show_default=True)
-def main(workdir, output, models, parts, threads, batches, repeats, keep_canonical, make_only, **sizes):
+def main(workdir, output, models, parts, threads, batches, repeats, make_only, **sizes):
     lengths = {name: sizes.pop(f"{name}_tokens") for name in ("prompt", "new", "prefill", "train")}
     shape = Shape(**sizes)
     if threads:
         torch.set_num_threads(threads)
-    if "kept" in parts and not keep_canonical:
-        raise click.UsageError("the part `kept` needs --keep-canonical NAME=VALUE")
-    parts = list(parts or [part for part in PARTS if part != "kept" or keep_canonical])
     chosen = {"lengths": lengths, "batches": list(batches), "repeats": repeats}
     rows = []
     for label in models:
-        for found in measure([] if make_only else parts, label, workdir, shape, keep_canonical, chosen):
+        for found in measure(() if make_only else parts, label, workdir, shape, chosen):
             rows += found
             if output:
                 with output.open("a") as file:

@@ -56,7 +56,7 @@ def tensor_bytes(model: torch.nn.Module) -> int:
     found: dict[int, int] = {}
     for module in model.modules():
         for value in (*module.parameters(False), *module.buffers(False), *vars(module).values()):
-            if isinstance(value, torch.Tensor) and value.nbytes:
+            if isinstance(value, torch.Tensor) and value.device.type != "meta":  # a packed layer keeps meta tensors
                 found[value.data_ptr()] = max(value.nbytes, found.get(value.data_ptr(), 0))
     return sum(found.values())
 

@@ -122,5 +122,5 @@ def engine_notes(result: dict[str, Any]) -> list[str]:
         f"{name}: " + ", ".join(f"{key} {value}" for key, value in settings.items() if not isinstance(value, dict))
         for name, settings in result["engines"].items()
     ]
-    backends = [f"{row['tokens']} tokens: {row['backend']}" for row in result["backends"]]
-    return [*engines, f"backend of the largest compressed layer in torch: {', '.join(backends)}"]
+    backends = [f"{row['tokens']} tokens: {row['op']} {row['backend']}" for row in result["backends"]]
+    return [*engines, f"backend of the largest compressed layer in inference: {', '.join(backends)}"]

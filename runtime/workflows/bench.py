@@ -39,7 +39,9 @@ from sparse_rt.checkpoint import check_output
 from sparse_rt.config import BENCH_PHASES, BenchOptions
 from sparse_rt.device import pick_device
 from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.kernels import packed
 from sparse_rt.kernels.backends import FORCE_VARIABLE, Call, explain
+from sparse_rt.nn import PACK_VARIABLE
 from sparse_rt.optional import available, require
 from sparse_rt.progress import Progress
 
@@ -165,16 +167,27 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
 
 
 def chosen_backends(pair: Pair, options: BenchOptions, device: str) -> list[dict[str, Any]]:
-    """Which backend multiplies the largest compressed layer, by number of tokens; hf alone uses this dispatch fully."""
+    """What multiplies the largest compressed layer in inference, by number of tokens: in transformers and in vLLM.
+
+    Where the layer has a derived layout that is ``packed_linear``, otherwise ``linear``.
+    """
     weight = max(pair.sparse.weights.values(), key=lambda weight: weight.m * weight.n)
     dtype, kind = getattr(torch, pair.dtype, torch.float32), torch.device(device).type
+    shape = weight.pattern, weight.m, weight.n
+    op = "packed_linear" if packing_refusal(*shape, dtype, kind) is None else "linear"
     tokens = sorted({*options.batch, *(batch * options.prompt_tokens for batch in options.batch)})
-    calls = [Call("linear", weight.pattern, weight.m, weight.n, count, dtype, kind) for count in tokens]
+    calls = [Call(op, *shape, count, dtype, kind) for count in tokens]
     found = [(call, explain(call, os.environ.get(FORCE_VARIABLE) or None).backend) for call in calls]
     return [
         {"op": call.op, "pattern": call.pattern, "tokens": call.tokens, "backend": backend.name if backend else None}
         for call, backend in found
     ]
+
+
+def packing_refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str) -> str | None:
+    if os.environ.get(PACK_VARIABLE) == "0":
+        return f"{PACK_VARIABLE}=0"
+    return packed.refusal(pattern, m, n, dtype, device)
 
 
 def notes_on(pair: Pair, options: BenchOptions) -> list[str]:

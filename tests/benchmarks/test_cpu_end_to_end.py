@@ -64,12 +64,12 @@ def test_the_byte_limit_is_that_of_the_files():
 def test_parts_write_rows_of_both_sides(workdir):
     pytest.importorskip("vllm")
     output = workdir / "rows.jsonl"
-    parts = ("vllm-decode", "kept")
+    parts = ("vllm-decode", "canonical")
     chosen = [word for part in parts for word in ("--part", part)]
     done = run(
         workdir,
         *("--model", "2:4", "--repeats", "1", "--batch", "1", "--batch", "2"),
-        *("--output", str(output), "--keep-canonical", "SPARSE_RT_TEST=1", *chosen),
+        *("--output", str(output), *chosen),
     )
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in output.read_text().splitlines()]
@@ -81,6 +81,10 @@ def test_parts_write_rows_of_both_sides(workdir):
         assert row["ratio"]["samples"] == [dense / sparse for dense, sparse in pairs]
         assert row["error"] is None and row["bench"]["commit"] and row["bench"]["threads"] == 1
     assert decode[0]["bench"]["engine_settings"]["dense_linear"] in ("oneDNN", "zentorch")
+    (canonical,) = [row for row in rows if row["part"] == "canonical" and row["what"] == "tensors of the model"]
+    stored = Checkpoint.open(next(workdir.glob("*-2of4"))).total_bytes
+    assert canonical["sparse"]["median"] == pytest.approx(stored, rel=0.05)
+    assert "SPARSE_RT_PACK=0" in canonical["bench"]["command"]
     assert "| 2:4 | 1 | 1 |" in done.stdout and decode[0]["bench"]["command"] in done.stdout
 
 
@@ -93,10 +97,11 @@ def test_a_failed_part_is_a_row_and_an_exit_status(workdir):
     assert "## Failed" in done.stdout
 
 
-def test_the_setting_reaches_the_processes_and_goes_again():
-    with cpu_end_to_end.setting("SPARSE_RT_TEST=a=b"):
-        assert in_fresh_process("os:getenv", "SPARSE_RT_TEST") == "a=b"
-    assert "SPARSE_RT_TEST" not in os.environ
+def test_derived_layouts_are_off_in_one_part_alone():
+    with cpu_end_to_end.unpacked(True):
+        assert in_fresh_process("os:getenv", "SPARSE_RT_PACK") == "0"
+    with cpu_end_to_end.unpacked(False):
+        assert in_fresh_process("os:getenv", "SPARSE_RT_PACK") == os.environ.get("SPARSE_RT_PACK")
 
 
 def figure(model="0.5", batch=1, ratios=(2.0, 2.0), **changes):
