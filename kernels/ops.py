@@ -136,7 +136,7 @@ def _backward_linear(ctx, dy):
     need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
     dx = linear_t(dy, values, metadata, *ctx.weight) if need_x else None
     dv = values_grad(dy, x, metadata, *ctx.weight, values.detach()) if need_values else None
-    db = dy.flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
+    db = dy.unsqueeze(0).flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
     return dx, dv, None, db, None, None, None
 
 

@@ -20,6 +20,8 @@ from sparse_rt.kernels.backends import FORCE_VARIABLE, Call, explain, select
 
 _library = torch.library.Library("sparse_rt", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, str pattern, int m, int n) -> Tensor")
+# An operator of its own, so that torch.compile need not look into a packed weight to trace the gradient.
+_library.define("packed_linear_t(Tensor dy, Tensor packed, str pattern, int m, int n) -> Tensor")
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
@@ -62,13 +64,24 @@ def _run(x, packed, bias, pattern, m, n):
     return select(Call("packed_linear", pattern, m, n, tokens, x.dtype, x.device.type))(x, packed, bias, pattern, m, n)
 
 
+def _run_t(dy, packed, pattern, m, n):
+    return ops.linear_t(dy, *unpack(packed, pattern, m, n), pattern, m, n)
+
+
 _library.impl("packed_linear", _run, "CompositeExplicitAutograd")
+_library.impl("packed_linear_t", _run_t, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparse_rt::packed_linear", lib=_library)
 def _(x, packed, bias, pattern, m, n):
     torch._check(x.shape[-1] == n, lambda: f"packed_linear: x has {x.shape[-1]} columns, the weight {n}")
     return x.new_empty((*x.shape[:-1], m))
+
+
+@torch.library.register_fake("sparse_rt::packed_linear_t", lib=_library)
+def _(dy, packed, pattern, m, n):
+    torch._check(dy.shape[-1] == m, lambda: f"packed_linear_t: dy has {dy.shape[-1]} columns, the weight {m} rows")
+    return dy.new_empty((*dy.shape[:-1], n))
 
 
 def _setup(ctx, inputs, output):
@@ -80,9 +93,20 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy):
     (packed,) = ctx.saved_tensors
     need_x, _, need_bias, *_ = ctx.needs_input_grad
-    dx = ops.linear_t(dy, *unpack(packed, *ctx.weight), *ctx.weight) if need_x else None
-    db = dy.flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
+    dx = torch.ops.sparse_rt.packed_linear_t(dy, packed, *ctx.weight) if need_x else None
+    db = dy.unsqueeze(0).flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
     return dx, None, db, None, None, None
 
 
+def _setup_t(ctx, inputs, output):
+    _, packed, *ctx.weight = inputs
+    ctx.save_for_backward(packed)
+
+
+def _backward_t(ctx, grad):
+    (packed,) = ctx.saved_tensors
+    return packed_linear(grad, packed, None, *ctx.weight), None, None, None, None
+
+
 torch.library.register_autograd("sparse_rt::packed_linear", _backward, setup_context=_setup, lib=_library)
+torch.library.register_autograd("sparse_rt::packed_linear_t", _backward_t, setup_context=_setup_t, lib=_library)

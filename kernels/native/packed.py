@@ -16,6 +16,7 @@ from sparse_rt.formats.packing import unpack_bits
 from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
 from sparse_rt.kernels.native import library
+from sparse_rt.kernels.native.checks import check_weight
 from sparse_rt.kernels.native.ops import can_run
 
 LAYOUTS = ("bitmask", "pairs", "slots")
@@ -53,6 +54,7 @@ def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout:
     """
     fmt = get_format(pattern)
     fmt.check_header("weight", values.shape, metadata.shape, m, n)
+    check_weight(metadata, pattern, m, n, values)
     values, metadata = values.detach().contiguous(), metadata.detach().contiguous()
     nibbles = int(fmt.metadata_name == "weight_meta")
     layout = layout or choose_layout(pattern, values.dtype, 1 - values.numel() / (m * n))[0]
@@ -77,6 +79,9 @@ def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor
     """The canonical values and metadata that ``pack`` was given, bit for bit."""
     found = describe(packed)
     fmt = get_format(pattern)
+    packed = _aligned(packed)
+    if found["layout"] == "pairs" and fmt.metadata_name != "weight_meta":
+        raise BackendError(f"this is a packed 2:4 weight, not a {pattern} one")
     values = torch.empty(fmt.values_shape(m, n, found["nnz"]), dtype=found["dtype"])
     metadata = torch.empty((m, (n + 7) // 8), dtype=torch.uint8)
     counts = torch.empty(-(-m // PANEL) + 1, dtype=torch.int64)
@@ -91,9 +96,10 @@ def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor
 
 def describe(packed: Tensor) -> dict:
     """Layout, dtype, m, n, nnz and bytes of a packed weight, from its header."""
-    if packed.dtype != torch.uint8 or packed.numel() < 128:
-        raise BackendError("this tensor is not a packed weight; make one with sparse_rt.kernels.packed.pack")
-    magic, layout, dtype, m, n, nnz, nbytes = _HEADER.unpack(bytes(packed[: _HEADER.size].tolist()))
+    header = _HEADER.pack(b"", *[0] * 6)
+    if packed.dtype == torch.uint8 and packed.device.type == "cpu" and packed.dim() == 1 and packed.numel() >= 128:
+        header = bytes(packed[: _HEADER.size].tolist())
+    magic, layout, dtype, m, n, nnz, nbytes = _HEADER.unpack(header)
     if magic != b"srtpack\0":
         raise BackendError("this tensor is not a packed weight; make one with sparse_rt.kernels.packed.pack")
     return {"layout": LAYOUTS[layout], "dtype": DTYPES[dtype], "m": m, "n": n, "nnz": nnz, "nbytes": nbytes}
@@ -108,6 +114,10 @@ def _can_run(call: Call) -> str | None:
 @register_backend("packed_linear", name="native", can_run=_can_run)
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
     """y = x W^T + bias with fp32 sums: x [..., n] -> [..., m] in the dtype of x, which must be that of the values."""
+    if x.shape[-1] != n or (bias is not None and bias.shape != (m,)):
+        given = f"x {tuple(x.shape)}" + ("" if bias is None else f" and a bias {tuple(bias.shape)}")
+        raise UserError(f"packed_linear: a ({m}, {n}) weight takes x [..., {n}] and a bias [{m}], got {given}")
+    packed = _aligned(packed)
     rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, n).contiguous()
     tokens = rows.shape[0]
     y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)
@@ -125,6 +135,11 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, 
     threads = torch.get_num_threads()
     handle.srt_packed_linear(pointer, packed.numel(), m, n, *x_part, added, y.data_ptr(), m, work.data_ptr(), threads)
     return y
+
+
+def _aligned(packed: Tensor) -> Tensor:
+    """The tables in a packed weight are read as 8-byte numbers; a view of something larger may begin anywhere."""
+    return packed.clone() if packed.data_ptr() % 8 else packed
 
 
 def _not_packed(m: int, n: int) -> str:
