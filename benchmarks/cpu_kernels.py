@@ -45,7 +45,7 @@ from torch import Tensor
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.errors import SparseRTError, UserError
 from sparse_rt.formats import get_format
-from sparse_rt.kernels import ops
+from sparse_rt.kernels import packed
 from sparse_rt.kernels.native import library
 
 GROUPS = {
@@ -86,7 +86,7 @@ class Column:
     run: Callable[[Tensor, Any], Tensor]
     reference: Tensor
     canonical_bytes: int = 0
-    layout: dict[str, Any] = dataclasses.field(default_factory=dict)
+    layout: str = ""
 
     def __call__(self, x: Tensor, turn: int) -> Tensor:
         return self.run(x, self.copies[turn % len(self.copies)])
@@ -132,16 +132,16 @@ def columns(m: int, n: int, x: Tensor, cells: list[Cell]) -> dict[str | Cell, Co
         TORCH: Column([weight.clone() for _ in range(copies_for(dense))], dense, F.linear, reference)
     }
     if x.dtype == torch.bfloat16 and dense_baseline.unavailable_reason() is None:
-        packed = [dense_baseline.pack(weight) for _ in range(copies_for(dense))]
-        found[DENSE] = Column(packed, packed[0].nbytes, partial(own_dense, m=m, n=n), reference)
+        copies = [dense_baseline.pack(weight) for _ in range(copies_for(dense))]
+        found[DENSE] = Column(copies, copies[0].nbytes, partial(own_dense, m=m, n=n), reference)
     scores = torch.rand(m, n, generator=generator)
     for cell in cells:
         found[cell] = sparse_column(weight, scores, cell, x)
     return found
 
 
-def own_dense(x: Tensor, packed: Tensor, m: int, n: int) -> Tensor:
-    return dense_baseline.linear(x, packed, m, n)
+def own_dense(x: Tensor, copy: Tensor, m: int, n: int) -> Tensor:
+    return dense_baseline.linear(x, copy, m, n)
 
 
 def sparse_column(weight: Tensor, scores: Tensor, cell: Cell, x: Tensor) -> Column:
@@ -152,29 +152,16 @@ def sparse_column(weight: Tensor, scores: Tensor, cell: Cell, x: Tensor) -> Colu
     values, metadata = fmt.compress(weight, mask)
     canonical = values.nbytes + metadata.nbytes
     reference = product64(x, weight, mask)
-    packed, run, layout = serving_path(values, metadata, cell.pattern, m, n)
-    first = packed()
-    nbytes = first.nbytes if isinstance(first, Tensor) else canonical
-    copies = [first, *(packed() for _ in range(copies_for(nbytes) - 1))]
-    return Column(copies, nbytes, run, reference, canonical, layout(first))
-
-
-def serving_path(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int):
-    """(makes a copy of the weight, multiplies with it, describes it)."""
-    try:
-        from sparse_rt.kernels import packed
-    except ImportError:
-        run = lambda x, copy: ops.linear(x, *copy, None, pattern, m, n)  # noqa: E731
-        return lambda: (values.clone(), metadata.clone()), run, lambda copy: {"layout": "canonical"}
-
-    refusal = packed.refusal(pattern, m, n, values.dtype, "cpu")
+    refusal = packed.refusal(cell.pattern, m, n, values.dtype)
     if refusal:
-        raise UserError(f"a {pattern} weight ({m}, {n}) cannot be packed here: {refusal}")
+        raise UserError(f"a {cell.pattern} weight ({m}, {n}) cannot be packed here: {refusal}")
+    first = packed.pack(values, metadata, cell.pattern, m, n)
+    others = [packed.pack(values, metadata, cell.pattern, m, n) for _ in range(copies_for(first.nbytes) - 1)]
 
     def run(x: Tensor, copy: Tensor) -> Tensor:
-        return packed.packed_linear(x, copy, None, m, n)
+        return packed.packed_linear(x, copy, None, cell.pattern, m, n)
 
-    return partial(packed.pack, values, metadata, pattern, m, n), run, packed.describe
+    return Column([first, *others], first.nbytes, run, reference, canonical, packed.describe(first)["layout"])
 
 
 def measure(found: dict[str | Cell, Column], x: Tensor, threads: int, seconds_per_cell: float) -> Iterator[dict]:

@@ -107,8 +107,9 @@ EXPORT int srt_packed_unmake(const void *packed, int64_t bytes, int64_t m, int64
 
 /* ---- linear --------------------------------------------------------------------------------------------------- */
 
-/* Tokens of x are prepared as long as they stay in the second-level cache; the weight is read once for each part. */
-enum { X_BYTES = 512 << 10, SERIAL_BELOW = 1 << 16, CHUNKS_PER_THREAD = 16 };
+/* The weight is read and expanded once for a part of the tokens: as many as stay in a core's share of the third-level
+ * cache (512 tokens, 11008 x 4096: 218 ms with 2 MB, 227 with 1 MB, 242 with 512 KB). */
+enum { X_BYTES = 4 << 20, SERIAL_BELOW = 1 << 16, CHUNKS_PER_THREAD = 16 };
 enum { MAX_PART_TOKENS = 256, MAX_TILE = 64 * SRT_MAX_TOKENS };
 
 typedef struct {
@@ -132,17 +133,45 @@ static void prepare_block(void *context, int64_t block)
                p->prepared + start * p->token_bytes);
 }
 
+/* Where the rows of a unit lie in y: `tokens` pieces that begin at `y`, the first of token `start`. */
+typedef struct {
+    char *y;
+    const char *bias;
+    int64_t rows, tokens;
+    int unit_rows;
+} piece;
+
+static piece piece_of(const product *p, int64_t unit, int64_t start, int64_t stop)
+{
+    int unit_rows = srt_unit_rows(p->w);
+    int64_t row = unit * unit_rows;
+    return (piece){.y = p->y + (start * p->ldy + row) * p->size, .bias = p->bias ? p->bias + row * p->size : NULL,
+                   .rows = srt_min(p->w->m - row, unit_rows), .tokens = stop - start, .unit_rows = unit_rows};
+}
+
+/* Every token of y is another cache line. Asking for them before the product saves waiting for them one by one
+ * afterwards: 190 cycles a line (64 tokens, 11008 rows). */
+static void expect(const product *p, const piece *to)
+{
+    for (int64_t t = 0; t < to->tokens; t++)
+        __builtin_prefetch(to->y + t * p->ldy * p->size, 1);
+}
+
+static void store(const product *p, const piece *to, const float *out)
+{
+    for (int64_t t = 0; t < to->tokens; t++)
+        tiles->store(out + t * to->unit_rows, to->bias, to->y + t * p->ldy * p->size, to->rows, p->w->dtype);
+}
+
 /* One unit of rows times one block of tokens, into y. */
 static void multiply_unit(const product *p, int64_t unit, int64_t block)
 {
     float out[MAX_TILE];
-    int64_t start = first_token(p, block), count = first_token(p, block + 1) - start;
-    int unit_rows = srt_unit_rows(p->w);
-    int64_t row = unit * unit_rows, rows = p->w->m - row < unit_rows ? p->w->m - row : unit_rows;
-    p->kernel->tile(p->w, unit, p->prepared + start * p->token_bytes, (int)count, out);
-    for (int64_t t = 0; t < count; t++)
-        tiles->store(out + t * unit_rows, p->bias ? p->bias + row * p->size : NULL,
-                     p->y + ((start + t) * p->ldy + row) * p->size, rows, p->w->dtype);
+    int64_t start = first_token(p, block), stop = first_token(p, block + 1);
+    piece to = piece_of(p, unit, start, stop);
+    expect(p, &to);
+    p->kernel->tile(p->w, unit, p->prepared + start * p->token_bytes, (int)(stop - start), out);
+    store(p, &to, out);
 }
 
 /* One unit of rows times blocks [first, last): expanded once, a part of its vectors at a time. */
@@ -150,22 +179,24 @@ static void multiply_expanded(const product *p, int64_t unit, int64_t first, int
 {
     _Alignas(64) char vectors[SRT_EXPANDED * 64];
     float out[MAX_PART_TOKENS * SRT_PANEL];
-    int64_t start = first_token(p, first), row = unit * SRT_PANEL, unit_bytes = p->token_bytes / p->w->stride;
-    int64_t rows = p->w->m - row < SRT_PANEL ? p->w->m - row : SRT_PANEL;
+    int64_t start = first_token(p, first), unit_bytes = p->token_bytes / p->w->stride;
+    piece to = piece_of(p, unit, start, first_token(p, last));
     const char *values = srt_data(p->w) + srt_offsets(p->w)[unit] * p->size;
-    memset(out, 0, sizeof(float) * SRT_PANEL * (size_t)(first_token(p, last) - start));
+    memset(out, 0, sizeof(float) * SRT_PANEL * (size_t)to.tokens);
+    expect(p, &to);
     for (int64_t v = 0; v < p->w->stride; v += SRT_EXPANDED) {
-        int64_t count = p->w->stride - v < SRT_EXPANDED ? p->w->stride - v : SRT_EXPANDED;
+        int64_t count = srt_min(p->w->stride - v, SRT_EXPANDED);
         values = p->kernel->expand(p->w, unit, v, count, values, vectors);
+        /* The next part comes from memory while this one is multiplied, a line at a time: asked for at once it would fill
+         * the queue of misses that x needs too (64 tokens, 11008 x 4096: 27.9 instead of 30.0 ms, 32.1 without). */
         for (int64_t block = first; block < last; block++) {
             int64_t at = first_token(p, block), tokens = first_token(p, block + 1) - at;
-            p->kernel->dense(vectors, count, p->prepared + at * p->token_bytes + v * tokens * unit_bytes, (int)tokens,
-                             out + (at - start) * SRT_PANEL);
+            const char *x = p->prepared + at * p->token_bytes + v * tokens * unit_bytes;
+            const char *ahead = values + (block - first) * count * 16;
+            p->kernel->dense(vectors, count, x, (int)tokens, ahead, out + (at - start) * SRT_PANEL);
         }
     }
-    for (int64_t t = 0; t < first_token(p, last) - start; t++)
-        tiles->store(out + t * SRT_PANEL, p->bias ? p->bias + row * p->size : NULL,
-                     p->y + ((start + t) * p->ldy + row) * p->size, rows, p->w->dtype);
+    store(p, &to, out);
 }
 
 static void multiply_chunk(void *context, int64_t index)

@@ -60,8 +60,9 @@ typedef void srt_tile(const srt_packed *w, int64_t unit, const char *x, int toke
  * vectors [count] from the kept elements at `values` (the part begins at vector `first`); returns what follows them. */
 typedef const char *srt_expander(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
                                  char *vectors);
-/* out [tokens][SRT_PANEL] += the product of expanded vectors with their part of a block of x. */
-typedef void srt_dense_tile(const char *vectors, int64_t count, const char *x, int tokens, float *out);
+/* out [tokens][SRT_PANEL] += the product of expanded vectors with their part of a block of x. Meanwhile 16 bytes
+ * a vector are asked for at `ahead`. */
+typedef void srt_dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out);
 
 /* How a layout is multiplied with: all NULL where an instruction set has no kernel for it. */
 typedef struct {

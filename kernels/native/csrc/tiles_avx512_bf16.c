@@ -70,7 +70,7 @@ TARGET static const char *expand(const srt_packed *w, int64_t unit, int64_t firs
     return values;
 }
 
-INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int tokens, float *out)
+INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out)
 {
     __m512 sums[SRT_MAX_TOKENS];
 #pragma GCC unroll 24
@@ -79,6 +79,8 @@ INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int to
     for (int64_t v = 0; v < count; v++) {
         __m512i weights = _mm512_load_si512(vectors + 64 * v);
         const int32_t *pairs = (const int32_t *)x + v * tokens;
+        if (v % 4 == 0)
+            _mm_prefetch(ahead + 16 * v, _MM_HINT_T0);
 #pragma GCC unroll 24
         for (int t = 0; t < tokens; t++)
             sums[t] = dot(sums[t], weights, _mm512_set1_epi32(pairs[t]));
@@ -88,9 +90,9 @@ INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int to
         _mm512_storeu_ps(out + t * SRT_PANEL, sums[t]);
 }
 
-TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, float *out)
+TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out)
 {
-#define DENSE(T) dense_tile(vectors, count, x, T, out)
+#define DENSE(T) dense_tile(vectors, count, x, T, ahead, out)
     switch (tokens) {
         SRT_TILES_TO_24(DENSE)
     }
