@@ -58,10 +58,11 @@ def test_equals_float64(isa, pattern, sparsity, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_more_tokens_than_the_cache_holds(isa, threads, pattern, dtype):
-    """x is cut into parts that stay in the cache; the weight is read once for each of them."""
-    w = weight(pattern, 33, 14336, 0.75, dtype)
-    x = torch.randn(61, 14336).to(dtype)
+@pytest.mark.parametrize("n, tokens", [(14336, 61), (14340, 7), (1100, 300), (20, 600)])
+def test_many_tokens_and_wide_rows(isa, threads, pattern, n, tokens, dtype):
+    """x is cut into parts that stay in the cache, and the weight is expanded a part at a time for each of them."""
+    w = weight(pattern, 33, n, 0.75, dtype)
+    x = torch.randn(tokens, n).to(dtype)
     expected = x.double() @ w.dense.T
     for layout, count in itertools.product(layouts(pattern, dtype), (1, 2)):
         threads(count)
