@@ -31,6 +31,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[1, 2], ids=["tiles", "dots"])
+def kernel(request, monkeypatch):
+    monkeypatch.setattr(gradient, "KERNEL", request.param)
+    return request.param
+
+
 def case(m, n, pattern, density=0.5, dtype=torch.bfloat16, seed=0):
     """(values, metadata, mask, dense float64) with an empty and a full row where the pattern allows it."""
     torch.manual_seed(seed)
@@ -64,7 +70,7 @@ def allowed(dtype):
 @pytest.mark.parametrize("result", DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_values_grad_equals_float64(pattern, dtype, result):
+def test_values_grad_equals_float64(kernel, pattern, dtype, result):
     for (m, n), tokens in itertools.product(shapes(pattern), (1, 2, 65, 300)):
         values, metadata, mask, _ = case(m, n, pattern)
         dy, x = torch.randn(tokens, m).to(dtype), torch.randn(tokens, n).to(dtype)
@@ -88,7 +94,7 @@ def test_values_grad_of_mixed_dtypes_strided_and_batched_inputs():
 
 
 @pytest.mark.parametrize("result", DTYPES, ids=str)
-def test_more_tokens_than_are_packed_at_once_are_rounded_once(monkeypatch, result):
+def test_more_tokens_than_are_packed_at_once_are_rounded_once(kernel, monkeypatch, result):
     monkeypatch.setattr(gradient, "TOKENS", 32)
     values, metadata, mask, _ = case(97, 72, "unstructured")
     dy, x = torch.randn(150, 97).bfloat16(), torch.randn(150, 72).bfloat16()
@@ -113,7 +119,7 @@ def test_no_tokens_and_no_values_give_zeros():
     assert not da.any() and not db.any()
 
 
-def test_results_do_not_depend_on_the_number_of_threads(threads):
+def test_results_do_not_depend_on_the_number_of_threads(kernel, threads):
     m, n, tokens = 400, 520, 130
     values, metadata, _, _ = case(m, n, "unstructured")
     dy, x = torch.randn(tokens, m).bfloat16(), torch.randn(tokens, n).bfloat16()
@@ -147,7 +153,7 @@ def test_factors_equal_float64(pattern, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
-def test_factor_gradients_equal_float64_autograd(monkeypatch, pattern, dtype):
+def test_factor_gradients_equal_float64_autograd(kernel, monkeypatch, pattern, dtype):
     for (m, n), block in itertools.product(shapes(pattern), (2048, 32)):
         monkeypatch.setattr(gradient, "TOKENS", block)
         values, metadata, _, dense = case(m, n, pattern, dtype=dtype)
@@ -183,7 +189,7 @@ def test_what_contradicts_the_metadata_is_refused():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-def test_no_buffer_is_read_or_written_past_its_end(guarded, pattern, dtype):
+def test_no_buffer_is_read_or_written_past_its_end(kernel, guarded, pattern, dtype):
     """Every buffer ends at a protected page: one byte too far ends the process."""
     handle, number, nibbles = library.load().handle, gradient.NUMBERS[dtype], pattern == "2:4"
     for (m, n), tokens in itertools.product(shapes(pattern), (1, 66, 67)):
@@ -195,14 +201,16 @@ def test_no_buffer_is_read_or_written_past_its_end(guarded, pattern, dtype):
         inputs = guarded(dy), guarded(x), tokens, guarded(metadata), nibbles
         out = guarded(torch.empty_like(values))
         where = values.numel(), m, n
-        assert handle.srt_values_grad(*inputs, out, *where, number, number, 0, *work) == values.numel()
+        assert handle.srt_values_grad(*inputs, out, *where, number, number, 0, kernel, *work) == values.numel()
         found = (
             torch.frombuffer(bytearray(ctypes.string_at(out, values.nbytes)), dtype=dtype) if values.numel() else values
         )
         assert error(found, (dy.double().T @ x.double())[mask]) <= allowed(dtype)
         factors = guarded(a), guarded(b), 2.0, 1
         results = guarded(a), guarded(b)
-        done = handle.srt_factors_grad(*inputs, guarded(values), *where, number, number, *factors, *results, 0, *work)
+        done = handle.srt_factors_grad(
+            *inputs, guarded(values), *where, number, number, *factors, *results, 0, kernel, *work
+        )
         assert done == values.numel()
         starts = guarded(torch.empty(m + 1, dtype=torch.int64))
         weight = guarded(values), number, values.numel(), guarded(metadata), nibbles, m, n
@@ -214,8 +222,8 @@ def test_nonsense_is_answered_and_not_run():
     nonsense = ((-1, 4, 1, 0, 0), (4, 4, 0, 0, 0), (4, 4, 1, 3, 0), (4, 4, 1, 0, 3), (4, 2**40, 1, 0, 0))
     for m, n, tokens, number, groups in nonsense:
         assert handle.srt_grad_bytes(m, n, tokens, number, groups) == -1
-    assert handle.srt_values_grad(0, 0, 1, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 0, 1) == -1
-    assert handle.srt_factors_grad(0, 0, 1, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 1.0, 0, 0, 0, 0, 0, 0, 1) == -1
+    assert handle.srt_values_grad(0, 0, 1, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 0, 0, 1) == -1
+    assert handle.srt_factors_grad(0, 0, 1, 0, 0, 0, 0, 4, 4, 0, 0, 0, 0, 1.0, 0, 0, 0, 0, 0, 0, 0, 1) == -1
     assert handle.srt_factors_apply(0, 0, 0, 0, 1, 4, 6, 0, 0, 1.0, 1, 1.0, 0, 0, 0, 1) == -1
 
 

@@ -46,15 +46,15 @@ static void run_rows(void *context, int64_t chunk)
 }
 
 /* out = values (base + scale b a), see above. values and out: `kept` of type `number` and `out_number`; a [groups, n],
- * b [m] float32; starts: room for m + 1. Returns how many values the metadata marks, and does nothing else where that is
- * not `kept`; -1 for arguments that make no sense and on processors without a kernel. */
+ * b [m] float32; starts: room for m + 1. Returns how many values the metadata marks, and does nothing else where that
+ * is not `kept`; -1 for arguments that make no sense and on processors without a kernel. */
 __attribute__((visibility("default"))) int64_t
 srt_factors_apply(const void *values, int number, int64_t kept, const uint8_t *meta, int nibbles, int64_t m, int64_t n,
                   const float *a, const float *b, float scale, int64_t groups, float base, void *out, int out_number,
                   int64_t *starts, int threads)
 {
-    if (!kernels_here() || number < 0 || number >= SRT_NUMBERS || out_number < 0 || out_number >= SRT_NUMBERS || m < 1 ||
-        n < 1 || m > INT32_MAX || n > INT32_MAX || groups < 1 || m % groups != 0 || (nibbles && n % 4 != 0))
+    if (!kernels_here() || number < 0 || number >= SRT_NUMBERS || out_number < 0 || out_number >= SRT_NUMBERS ||
+        m < 1 || n < 1 || m > INT32_MAX || n > INT32_MAX || groups < 1 || m % groups != 0 || (nibbles && n % 4 != 0))
         return -1;
     int64_t marked = srt_find_starts(starts, meta, nibbles, m, n, threads);
     if (marked != kept)

@@ -5,8 +5,8 @@
 
 #define EXPORT __attribute__((visibility("default")))
 
-/* Column units of x packed together, so that a token gives more than two cache lines at a time. */
-enum { UNITS_A_CHUNK = 8 };
+/* Columns of x packed together: a token gives a few cache lines at a time. */
+enum { PACK_COLUMNS = 512 };
 enum { MAX_TOKENS = 1 << 16 };
 
 typedef struct {
@@ -17,7 +17,7 @@ typedef struct {
     uint32_t *packed_dy, *packed_x;
     int64_t *starts; /* first value of every row */
     int64_t m, n, tokens, steps, x_chunks;
-    int nibbles, input, number, add;
+    int nibbles, input, number, add, kernel;
 
     const float *a, *b; /* of factors: [groups, n], [m]; NULL: the gradient itself is wanted */
     float *da, *db, *parts, scale;
@@ -26,29 +26,48 @@ typedef struct {
 
 static int64_t up(int64_t count, int64_t unit) { return (count + unit - 1) / unit; }
 
+const char *srt_packed_isa(void); /* packed.c: the instruction set in use, where the row kernels do not tell */
+
 /* The kernels for inputs of this type on this processor, NULL where there are none. */
-static const srt_grad *kernels_for(int input)
+static const srt_grad *kernels_for(int input, int dots)
 {
 #if defined(__x86_64__)
-    if (srt_chosen_rows() == &srt_rows_avx512)
-        return input == SRT_BF16 && srt_grad_has_bf16() ? &srt_grad_avx512_bf16 : &srt_grad_avx512;
+    if (srt_chosen_rows() == &srt_rows_avx512) {
+        if (input == SRT_BF16 && strcmp(srt_packed_isa(), "avx512_bf16") == 0)
+            return dots ? &srt_grad_dots_bf16 : &srt_grad_tiles_bf16;
+        return dots ? &srt_grad_dots : &srt_grad_tiles;
+    }
 #endif
-    (void)input;
+    (void)input, (void)dots;
     return NULL;
 }
 
-/* ---- packing, and the product ------------------------------------------------------------------------------------ */
+/* Whether dot products of the kept positions alone are faster than whole tiles: cycles per element of the dense
+ * product, fitted on Zen 4 to 32 .. 1024 bf16 tokens at densities 0.5, 0.25 and 0.1 (2048 x 4096, one thread; dots win below
+ * 0.27 for 128 tokens and below about 0.4 from 256 tokens on). */
+static int dots_win(const job *j, int64_t kept)
+{
+    if (j->kernel)
+        return j->kernel == 2;
+    int64_t steps = up(j->tokens, kernels_for(j->input, 1)->tokens_a_step);
+    double vectors = (double)up(steps, 16), blocks = (double)up(steps, 128);
+    double density = (double)kept / (double)j->m / (double)j->n;
+    return 1.2 * blocks + density * (8.5 * blocks + 1.1 * vectors) < 0.9 + 0.93 * vectors;
+}
+
+/* ---- packing, and the product ----------------------------------------------------------------------------------- */
 
 static void run_pack(void *context, int64_t chunk)
 {
     const job *j = context;
     if (chunk < j->x_chunks) {
-        int64_t first = chunk * UNITS_A_CHUNK, last = srt_min(first + UNITS_A_CHUNK, up(j->n, GRAD_COLUMNS));
-        j->kernels->pack(j->x, j->input, j->tokens, j->n, GRAD_COLUMNS, first, last, j->packed_x);
+        int64_t width = j->kernels->x_width, first = chunk * (PACK_COLUMNS / width);
+        int64_t last = srt_min(first + PACK_COLUMNS / width, up(j->n, width));
+        j->kernels->pack(j->x, j->input, j->tokens, j->n, width, first, last, j->packed_x);
     } else {
-        int64_t units = GRAD_BLOCK / GRAD_ROWS, first = (chunk - j->x_chunks) * units;
-        int64_t last = srt_min(first + units, up(j->m, GRAD_ROWS));
-        j->kernels->pack(j->dy, j->input, j->tokens, j->m, GRAD_ROWS, first, last, j->packed_dy);
+        int64_t width = j->kernels->dy_width, first = (chunk - j->x_chunks) * (GRAD_BLOCK / width);
+        int64_t last = srt_min(first + GRAD_BLOCK / width, up(j->m, width));
+        j->kernels->pack(j->dy, j->input, j->tokens, j->m, width, first, last, j->packed_dy);
     }
 }
 
@@ -81,11 +100,12 @@ static void run_block(void *context, int64_t chunk)
     j->kernels->block(&block);
 }
 
-/* ---- arguments ---------------------------------------------------------------------------------------------------- */
+/* ---- arguments -------------------------------------------------------------------------------------------------- */
 
-static int64_t packed_elements(int64_t m, int64_t n, int64_t steps)
+/* Elements of both packed inputs, for the wider of the two ways to pack. */
+static int64_t packed_elements(int64_t m, int64_t n, int64_t tokens, int tokens_a_step)
 {
-    return steps * (up(n, GRAD_COLUMNS) * GRAD_COLUMNS + up(m, GRAD_ROWS) * GRAD_ROWS);
+    return up(tokens, 16 * tokens_a_step) * 16 * (up(n, GRAD_COLUMNS) * GRAD_COLUMNS + up(m, GRAD_BLOCK) * GRAD_BLOCK);
 }
 
 /* Bytes of work space that srt_values_grad (groups 0) and srt_factors_grad want for this call; -1: no kernel for it
@@ -93,11 +113,10 @@ static int64_t packed_elements(int64_t m, int64_t n, int64_t steps)
 EXPORT int64_t srt_grad_bytes(int64_t m, int64_t n, int64_t tokens, int input, int64_t groups)
 {
     if (m < 1 || n < 1 || tokens < 1 || m > INT32_MAX || n > INT32_MAX || tokens > MAX_TOKENS || input < 0 ||
-        input >= SRT_NUMBERS || groups < 0 || (groups > 0 && m % groups != 0) || !kernels_for(input))
+        input >= SRT_NUMBERS || groups < 0 || (groups > 0 && m % groups != 0) || !kernels_for(input, 0))
         return -1;
-    int64_t elements = packed_elements(m, n, up(tokens, kernels_for(input)->tokens_a_step));
     int64_t parts = groups ? up(m, GRAD_BLOCK) + groups : 0;
-    return 4 * (elements + parts * n) + 8 * (m + 1) + 3 * 64;
+    return 4 * (packed_elements(m, n, tokens, kernels_for(input, 0)->tokens_a_step) + parts * n) + 8 * (m + 1) + 3 * 64;
 }
 
 static char *aligned(void *at) { return (char *)(((uintptr_t)at + 63) / 64 * 64); }
@@ -108,14 +127,15 @@ static int64_t prepare(job *j, void *work, int64_t work_bytes, int64_t groups, i
     int64_t needed = srt_grad_bytes(j->m, j->n, j->tokens, j->input, groups);
     if (needed < 0 || work_bytes < needed || j->number < 0 || j->number >= SRT_NUMBERS || (j->nibbles && j->n % 4 != 0))
         return -1;
-    j->kernels = kernels_for(j->input);
-    j->steps = up(j->tokens, j->kernels->tokens_a_step);
-    j->x_chunks = up(up(j->n, GRAD_COLUMNS), UNITS_A_CHUNK);
-    j->packed_x = (uint32_t *)aligned(work);
-    j->packed_dy = j->packed_x + up(j->n, GRAD_COLUMNS) * GRAD_COLUMNS * j->steps;
-    j->starts = (int64_t *)aligned(j->packed_x + packed_elements(j->m, j->n, j->steps));
+    j->starts = (int64_t *)aligned(work);
     j->parts = (float *)aligned(j->starts + j->m + 1);
-    return srt_find_starts(j->starts, j->meta, j->nibbles, j->m, j->n, threads);
+    int64_t kept = srt_find_starts(j->starts, j->meta, j->nibbles, j->m, j->n, threads);
+    j->kernels = kernels_for(j->input, dots_win(j, kept));
+    j->steps = up(up(j->tokens, j->kernels->tokens_a_step), j->kernels->steps_unit) * j->kernels->steps_unit;
+    j->x_chunks = up(j->n, PACK_COLUMNS);
+    j->packed_x = (uint32_t *)aligned(j->parts + (groups ? up(j->m, GRAD_BLOCK) + groups : 0) * j->n);
+    j->packed_dy = j->packed_x + up(j->n, j->kernels->x_width) * j->kernels->x_width * j->steps;
+    return kept;
 }
 
 static void multiply(job *j, int threads)
@@ -126,17 +146,18 @@ static void multiply(job *j, int threads)
     srt_parallel(threads, up(j->m, GRAD_BLOCK), run_block, j);
 }
 
-/* ---- entries ------------------------------------------------------------------------------------------------------ */
+/* ---- entries ---------------------------------------------------------------------------------------------------- */
 
 /* values [room] = (dy^T x) at the kept positions: dy [tokens, m] and x [tokens, n] of type `input`, values of type
- * `number`, sums in float32. With `add` the sums are added to what is there. Returns the number of kept positions, and
+ * `number`, sums in float32. With `add` the sums are added to what is there. kernel: 1 tiles, 2 dots, 0 the faster one.
+ * `work` has the bytes that srt_grad_bytes names. Returns the number of kept positions, and
  * does nothing else where that is more than `room`; -1 for arguments that make no sense. */
 EXPORT int64_t srt_values_grad(const void *dy, const void *x, int64_t tokens, const uint8_t *meta, int nibbles,
                                void *values, int64_t room, int64_t m, int64_t n, int input, int number, int add,
-                               void *work, int64_t work_bytes, int threads)
+                               int kernel, void *work, int64_t work_bytes, int threads)
 {
     job j = {.dy = dy, .x = x, .meta = meta, .values = values, .m = m, .n = n, .tokens = tokens};
-    j.nibbles = nibbles, j.input = input, j.number = number, j.add = add;
+    j.nibbles = nibbles, j.input = input, j.number = number, j.add = add, j.kernel = kernel;
     int64_t kept = prepare(&j, work, work_bytes, 0, threads);
     if (kept >= 0 && kept <= room)
         multiply(&j, threads);
@@ -160,10 +181,10 @@ static void run_sum(void *context, int64_t group)
 EXPORT int64_t srt_factors_grad(const void *dy, const void *x, int64_t tokens, const uint8_t *meta, int nibbles,
                                 const void *values, int64_t kept, int64_t m, int64_t n, int input, int number,
                                 const float *a, const float *b, float scale, int64_t groups, float *da, float *db,
-                                int add, void *work, int64_t work_bytes, int threads)
+                                int add, int kernel, void *work, int64_t work_bytes, int threads)
 {
     job j = {.dy = dy, .x = x, .meta = meta, .values = values, .m = m, .n = n, .tokens = tokens};
-    j.nibbles = nibbles, j.input = input, j.number = number, j.add = add;
+    j.nibbles = nibbles, j.input = input, j.number = number, j.add = add, j.kernel = kernel;
     int64_t marked = groups < 1 ? -1 : prepare(&j, work, work_bytes, groups, threads);
     if (marked < 0 || marked != kept)
         return marked;

@@ -1,8 +1,11 @@
-/* dY^T X at the kept positions: tiles of the product are formed in registers and only what is kept leaves them.
+/* dY^T X at the kept positions. The dense product never exists: what is not kept does not leave the registers.
  *
- * Both inputs are packed first. A "step" is one token as float32, or two tokens as a pair of bf16 for VDPBF16PS; a
- * packed unit is [steps][width] of 4 bytes, width being GRAD_COLUMNS of x or GRAD_ROWS of dy, zeros where the matrix
- * has ended. Sums run over the tokens in one fixed order, so results do not depend on the number of threads.
+ *   tiles   grad_avx512.c: all of 6 rows x 64 columns in registers; the work does not depend on the density
+ *   dots    grad_dots_avx512.c: only the kept positions, each a dot product over the tokens; for high sparsity
+ *
+ * Both inputs are packed first. A "step" is one token as float32, or two tokens as a pair of bf16 for VDPBF16PS, zeros
+ * where the matrix has ended; a unit is a few columns of x or dy and all steps of them. Sums run over the tokens
+ * in one fixed order, so results do not depend on the number of threads.
  */
 #ifndef SPARSE_RT_GRAD_H
 #define SPARSE_RT_GRAD_H
@@ -10,7 +13,7 @@
 #include "numbers.h"
 #include "rows.h"
 
-/* 6 x 64 float32 sums are 24 of the 32 vector registers; a column unit is one mask word. */
+/* The size of a tile; a row of it is one mask word. Rows of a block share what they read of x. */
 enum { GRAD_ROWS = 6, GRAD_COLUMNS = 64, GRAD_BLOCK = 16 * GRAD_ROWS };
 
 /* One block of rows of the product and what becomes of it. */
@@ -34,6 +37,8 @@ typedef struct {
 
 typedef struct {
     int tokens_a_step; /* 2: bf16 pairs, 1: float32 */
+    int steps_unit;    /* the number of steps is a multiple of it */
+    int x_width, dy_width; /* columns of a unit */
     /* Units [first, last) of a matrix [tokens, columns], cut into units of `width` columns. */
     void (*pack)(const char *from, int number, int64_t tokens, int64_t columns, int64_t width, int64_t first,
                  int64_t last, uint32_t *to);
@@ -41,8 +46,7 @@ typedef struct {
 } srt_grad;
 
 #if defined(__x86_64__)
-extern const srt_grad srt_grad_avx512, srt_grad_avx512_bf16;
-int srt_grad_has_bf16(void);
+extern const srt_grad srt_grad_tiles, srt_grad_tiles_bf16, srt_grad_dots, srt_grad_dots_bf16;
 #endif
 
 #endif
