@@ -216,8 +216,9 @@ def test_weights_stay_compressed_in_the_engine(answers, folders):
     header = read_header(file)
     stored = sum(e.nbytes for name, e in header.tensors.items() if "weight_values" in name or "weight_meta" in name)
     resident = {name: n for name, n in inside["bytes"].items() if name.rpartition(".")[0] in inside["sparse_layers"]}
-    assert sum(resident.values()) == stored
-    assert {name.rpartition(".")[2] for name in resident} == {"weight_packed", "weight_metadata"}
+    # The derived layout alone: as many bytes, and a header, offsets and alignment for each layer.
+    assert {name.rpartition(".")[2] for name in resident} == {"weight_packed"}
+    assert stored <= sum(resident.values()) <= stored + 1024 * len(resident)
 
 
 def test_a_serving_process_does_not_import_peft(answers):
