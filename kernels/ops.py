@@ -93,30 +93,41 @@ for _name, _run in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 
 
+def check_devices(op: str, *tensors: Tensor) -> None:
+    """PyTorch runs the shape rule, and returns what it made, as soon as one operand is on the meta device."""
+    devices = {str(tensor.device) for tensor in tensors}
+    torch._check(len(devices) == 1, lambda: f"{op}: the operands are on {' and '.join(sorted(devices))}")
+
+
 @torch.library.register_fake("sparse_rt::linear", lib=_library)
 def _(x, values, metadata, bias, pattern, m, n):
+    check_devices("linear", x, values, metadata)
     torch._check(x.shape[-1] == n, lambda: f"linear: x has {x.shape[-1]} columns, the weight has in_features {n}")
     return x.new_empty((*x.shape[:-1], m))
 
 
 @torch.library.register_fake("sparse_rt::linear_t", lib=_library)
 def _(dy, values, metadata, pattern, m, n):
+    check_devices("linear_t", dy, values, metadata)
     torch._check(dy.shape[-1] == m, lambda: f"linear_t: dy has {dy.shape[-1]} columns, the weight has out_features {m}")
     return dy.new_empty((*dy.shape[:-1], n))
 
 
 @torch.library.register_fake("sparse_rt::values_grad", lib=_library)
 def _(dy, x, metadata, pattern, m, n, values_like):
+    check_devices("values_grad", dy, x, metadata)
     return torch.empty_like(values_like, memory_format=torch.contiguous_format)
 
 
 @torch.library.register_fake("sparse_rt::decompress", lib=_library)
 def _(values, metadata, pattern, m, n):
+    check_devices("decompress", values, metadata)
     return values.new_empty((m, n))
 
 
 @torch.library.register_fake("sparse_rt::gather", lib=_library)
 def _(dense, metadata, pattern, m, n, values_like):
+    check_devices("gather", dense, metadata)
     return dense.new_empty(values_like.shape)
 
 

@@ -53,6 +53,11 @@ def describe(packed: Tensor) -> dict:
     return _native().describe(packed)
 
 
+def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[str, str]:
+    """The layout that ``pack`` gives such a weight on this processor, and the reason in words."""
+    return _native().choose_layout(pattern, dtype, sparsity)
+
+
 def _native():
     from sparse_rt.kernels.native import packed
 
@@ -74,12 +79,14 @@ _library.impl("packed_linear_t", _run_t, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("sparse_rt::packed_linear", lib=_library)
 def _(x, packed, bias, pattern, m, n):
+    ops.check_devices("packed_linear", x, packed)
     torch._check(x.shape[-1] == n, lambda: f"packed_linear: x has {x.shape[-1]} columns, the weight {n}")
     return x.new_empty((*x.shape[:-1], m))
 
 
 @torch.library.register_fake("sparse_rt::packed_linear_t", lib=_library)
 def _(dy, packed, pattern, m, n):
+    ops.check_devices("packed_linear_t", dy, packed)
     torch._check(dy.shape[-1] == m, lambda: f"packed_linear_t: dy has {dy.shape[-1]} columns, the weight {m} rows")
     return dy.new_empty((*dy.shape[:-1], n))
 

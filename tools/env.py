@@ -35,6 +35,11 @@ def report(result: dict) -> None:
         for row in result["backends"]
     ]
     show(table("environment", ["", ""], facts))
+    layouts = [
+        (row["dtype"], row["pattern"], f"{row['sparsity']:.0%}", row["layout"] or "none", row["reason"])
+        for row in result["layouts"]
+    ]
+    show(table("layouts of served weights", ["dtype", "pattern", "sparsity", "layout", "why"], layouts))
     show(table("backends", ["device", "op", "pattern", "phase", "backend", "why not the others"], rows))
     for problem in result["problems"]:
         show(f"problem: {problem}")

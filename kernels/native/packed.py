@@ -44,7 +44,7 @@ def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[st
         return "slots", f"sparsity {sparsity:.0%} >= {SLOTS_FROM:.0%}: as many products as kept weights"
     if runs("slots"):
         return "bitmask", f"sparsity {sparsity:.0%} < {SLOTS_FROM:.0%}: smallest in memory, expanded in registers"
-    return "bitmask", f"the layout that {isa} has for {str(dtype).removeprefix('torch.')}"
+    return "bitmask", f"the only layout that {isa} has for {str(dtype).removeprefix('torch.')}"
 
 
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:

