@@ -7,51 +7,6 @@
 
 #if defined(__x86_64__)
 
-/* Zero-masked expand and compress from a register. On Zen 4 VPEXPANDW waits for its destination register although
- * zero-masking overwrites all of it: 5.0 cycles in a chain against 1.4 when a zeroing idiom breaks it, and which one
- * the compiler produces changes with unrelated edits. So the vpxor is written down. ("x": registers 0-15, which VEX can
- * encode.) Compress is stored through a register as well: its own storing form takes about 100 cycles there. */
-#define ZERO_MASKED(NAME, INSTRUCTION, MASK)                                                                           \
-    INLINE __m512i NAME(uint64_t mask, __m512i from)                                                                   \
-    {                                                                                                                  \
-        __m512i to;                                                                                                    \
-        __asm__("vpxor %x0, %x0, %x0\n\t" INSTRUCTION " %1, %0%{%2%}%{z%}"                                             \
-                : "=&x"(to)                                                                                            \
-                : "v"(from), "Yk"((MASK)mask));                                                                        \
-        return to;                                                                                                     \
-    }
-
-ZERO_MASKED(expand_words, "vpexpandw", __mmask32)
-ZERO_MASKED(expand_doubles, "vpexpandd", __mmask16)
-ZERO_MASKED(compress_words, "vpcompressw", __mmask32)
-ZERO_MASKED(compress_doubles, "vpcompressd", __mmask16)
-
-INLINE __m512i expand_block(uint64_t mask, __m512i from, int size)
-{
-    return size == 2 ? expand_words(mask, from) : expand_doubles(mask, from);
-}
-
-INLINE __m512i compress_block(uint64_t mask, __m512i from, int size)
-{
-    return size == 2 ? compress_words(mask, from) : compress_doubles(mask, from);
-}
-
-/* The first `count` elements. What is switched off is not touched, so these may stand at the end of a page. */
-INLINE __m512i load_first(const char *from, int64_t count, int size)
-{
-    if (size == 2)
-        return _mm512_maskz_loadu_epi16((__mmask32)srt_low_bits(count), from);
-    return _mm512_maskz_loadu_epi32((__mmask16)srt_low_bits(count), from);
-}
-
-INLINE void store_first(char *to, int64_t count, __m512i block, int size)
-{
-    if (size == 2)
-        _mm512_mask_storeu_epi16(to, (__mmask32)srt_low_bits(count), block);
-    else
-        _mm512_mask_storeu_epi32(to, (__mmask16)srt_low_bits(count), block);
-}
-
 INLINE void store_whole(char *to, __m512i block, int stream)
 {
     if (stream)
