@@ -2,13 +2,14 @@
 
 In inference on a processor with native kernels a layer holds the derived layout of its weight *instead* of values and
 metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode without gradients.
-Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back bit for
-bit, and the layer is canonical again until the next such call.
+Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back, bit
+for bit, and the layer is canonical again until the next such call. Several threads may do all this at once.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,19 @@ from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.kernels import ops, packed
 
 PACK_VARIABLE = "SPARSE_RT_PACK"  # 0: stay on values and metadata (to compare)
+
+# Held while a layer exchanges its tensors and while they are read: several threads may call one layer, and one that
+# reads in between would see neither form. One for all layers: a lock in a layer could be neither copied nor pickled.
+_exchange = threading.RLock()
+
+
+def _renew_lock() -> None:
+    # A lock that another thread held at fork() stays locked in the child for ever.
+    global _exchange
+    _exchange = threading.RLock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 
 
 class SparseLinear(nn.Linear):
@@ -113,57 +127,72 @@ class SparseLinear(nn.Linear):
 
     def pack(self) -> None:
         """Exchange values and metadata for the derived layout; ``UserError`` with the reason where there is none."""
-        if self.is_packed:
-            return
-        reason = self.pack_refusal()
-        if reason is not None:
-            raise UserError(f"this {self.pattern} layer cannot be packed: {reason}")
-        shape = self.pattern, self.out_features, self.in_features
-        self._packed = packed.pack(self.weight_values, self.metadata, *shape)
-        for name in self.format.tensor_names:  # what remains says shape and dtype, to whoever counts parameters
-            empty = self._parameters[name].to("meta")
-            self._parameters[name] = nn.Parameter(empty, requires_grad=False)
+        with _exchange:
+            if self.is_packed:
+                return
+            reason = self.pack_refusal()
+            if reason is not None:
+                raise UserError(f"this {self.pattern} layer cannot be packed: {reason}")
+            shape = self.pattern, self.out_features, self.in_features
+            self._packed = packed.pack(*map(self._parameters.get, self.format.tensor_names), *shape)
+            for name in self.format.tensor_names:  # what remains says shape and dtype, to whoever counts parameters
+                empty = self._parameters[name].to("meta")
+                self._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
     def unpack(self) -> None:
         """Exchange the derived layout for values and metadata again."""
-        if not self.is_packed:
-            return
-        with torch.inference_mode(False):
-            tensors = packed.unpack(self._packed, self.pattern, self.out_features, self.in_features)
-        self._packed = None
-        for name, tensor in zip(self.format.tensor_names, tensors, strict=True):
-            self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        with _exchange:
+            if not self.is_packed:
+                return
+            with torch.inference_mode(False):
+                tensors = packed.unpack(self._packed, self.pattern, self.out_features, self.in_features)
+            self._packed = None
+            for name, tensor in zip(self.format.tensor_names, tensors, strict=True):
+                self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
 
-    def _serves(self, x: Tensor) -> bool:
-        """Whether this call runs on the derived layout, which is made for it if need be."""
+    def _packed_for(self, x: Tensor) -> Tensor | None:
+        """The derived layout for this call, made if need be; None where it runs on values and metadata."""
         if self.training or x.device.type != "cpu" or x.dtype != self._parameters["weight_values"].dtype:
-            return False
-        if self.is_packed or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return self.is_packed
-        if self.pack_refusal() is not None:
-            return False
-        self.pack()
-        return True
+            return None
+        held = self._packed
+        if held is not None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return held
+        with _exchange:
+            if not self.is_packed and self.pack_refusal() is None:
+                self.pack()
+            return self._packed
+
+    def train(self, mode: bool = True):
+        if mode:
+            self.unpack()
+        return super().train(mode)
 
     def _apply(self, fn, recurse=True):
-        self.unpack()
-        return super()._apply(fn, recurse)
+        with _exchange:
+            self.unpack()
+            return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        self.unpack()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
+        with _exchange:
+            self.unpack()
+            super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args, **options):
-        self.unpack()
-        super()._load_from_state_dict(*args, **options)
+        with _exchange:
+            self.unpack()
+            super()._load_from_state_dict(*args, **options)
 
     def __getstate__(self):
-        self.unpack()  # the derived layout belongs to this process and processor
-        return self.__dict__
+        with _exchange:
+            self.unpack()  # the derived layout belongs to this process and processor
+            return {**self.__dict__, "_parameters": dict(self._parameters)}
 
     def __getattr__(self, name: str):
-        if self._packed is not None and name in self.format.tensor_names:
-            self.unpack()
+        if name.startswith("weight_") and not torch.compiler.is_compiling():
+            with _exchange:
+                if name in self.format.tensor_names:
+                    self.unpack()
+                return super().__getattr__(name)
         if name == "weight":  # a property could not say this: nn.Module turns its AttributeError into its own
             raise AttributeError(
                 f"a {self.pattern} SparseLinear has no dense weight; use .values and .metadata, or .decompress(); "
@@ -181,8 +210,11 @@ class SparseLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         shape = self.pattern, self.out_features, self.in_features
-        if self._serves(input):
-            return packed.packed_linear(input, self._packed, self.bias, *shape)
+        held = self._packed_for(input)
+        if held is not None:
+            return packed.packed_linear(input, held, self.bias, *shape)
+        if self._packed is not None and torch.compiler.is_compiling():
+            torch.compiler.disable(self.unpack)()  # tracing would see the placeholders
         return ops.linear(input, self.weight_values, self.metadata, self.bias, *shape)
 
     def mask(self) -> Tensor:

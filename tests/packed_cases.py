@@ -61,8 +61,9 @@ def layouts(pattern: str, dtype: torch.dtype) -> list[str]:
 
 def error(actual: Tensor, expected: Tensor) -> float:
     """|actual - expected| / |expected| in RMS; where zeros are expected, |actual|."""
+    actual, expected = actual.detach().double(), expected.detach()
     norm = expected.norm()
-    return float((actual.double() - expected).norm() / (norm if norm > 0 else 1))
+    return float((actual - expected).norm() / (norm if norm > 0 else 1))
 
 
 def assert_close(actual: Tensor, expected: Tensor, *case) -> None:

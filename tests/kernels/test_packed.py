@@ -275,8 +275,16 @@ def model(dtype=torch.float32):
     return nn.Sequential(*layers).eval().requires_grad_(False)
 
 
+@pytest.fixture
+def dynamo():
+    """What one test compiled, or gave up to compile, does not reach another."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_packed_model_compiles_without_graph_breaks(dtype):
+def test_a_packed_model_compiles_without_graph_breaks(dynamo, dtype):
     eager = model(dtype)
     x = torch.randn(5, 24).to(dtype)
     with torch.no_grad():
@@ -291,11 +299,49 @@ def test_a_packed_model_compiles_without_graph_breaks(dtype):
     torch.testing.assert_close(gradient, torch.autograd.grad(eager(x).sum(), x)[0])
 
 
-def test_a_packed_model_compiles_with_inductor():
+def test_a_packed_model_compiles_with_inductor(dynamo):
     eager, x = model(), torch.randn(5, 24)
     pack_weights(eager)
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(eager, fullgraph=True)(x), eager(x))
+
+
+def test_compiled_code_follows_a_layer_that_changes_its_form(dynamo):
+    eager, x = model(), torch.randn(5, 24)
+    compiled = torch.compile(eager, backend="aot_eager")
+    with torch.no_grad():
+        expected = eager.train()(x)
+
+        def same(function):
+            torch.testing.assert_close(function(x), expected)
+            return [layer.is_packed for layer in eager if isinstance(layer, SparseLinear)]
+
+        eager.eval()
+        assert same(compiled) == [False, False], "compiled code cannot pack on the way"
+        assert same(eager) == [True, True]
+        assert same(compiled) == [True, True]
+        eager.train()
+        assert same(compiled) == [False, False]
+        eager.eval()
+        assert same(eager) == [True, True]
+        eager.training = eager[0].training = True  # not through train()
+        assert same(compiled) == [False, True]
+
+
+def test_training_compiles_whole_after_serving(dynamo):
+    eager, x = model(), torch.randn(5, 24)
+    with torch.no_grad():
+        expected = eager(x)
+    torch.testing.assert_close(torch.compile(eager.train(), fullgraph=True, backend="aot_eager")(x), expected)
+
+
+def test_a_placeholder_is_never_multiplied_with():
+    w = weight("2:4", 7, 12, None, torch.float32)
+    for values, metadata in ((w.values.to("meta"), w.metadata), (w.values, w.metadata.to("meta"))):
+        with pytest.raises(RuntimeError, match="linear: the operands are on cpu and meta"):
+            torch.ops.sparse_rt.linear(torch.ones(1, 12), values, metadata, None, *w.shape)
+    with pytest.raises(RuntimeError, match="packed_linear: the operands are on cpu and meta"):
+        packed.packed_linear(torch.ones(1, 12), w.pack().to("meta"), None, *w.shape)
 
 
 def test_the_choice_of_a_backend_explains_itself():
