@@ -219,6 +219,8 @@ def test_weights_stay_compressed_in_the_engine(answers, folders):
     # The derived layout alone: as many bytes, and a header, offsets and alignment for each layer.
     assert {name.rpartition(".")[2] for name in resident} == {"weight_packed"}
     assert stored <= sum(resident.values()) <= stored + 1024 * len(resident)
+    assert set(inside["packed"]) == set(inside["sparse_layers"]) and all(inside["packed"].values())
+    assert inside["canonical"] == [], "values and metadata are gone"
 
 
 def test_a_serving_process_does_not_import_peft(answers):

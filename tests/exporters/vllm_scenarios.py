@@ -19,8 +19,25 @@ def tokens(scenario):
 
 def parameters(model):
     """Bytes of every parameter and the names of the layers that our method runs."""
-    sparse = [name for name, m in model.named_modules() if type(getattr(m, "quant_method", None)).__name__ == METHOD]
-    return {"bytes": {name: p.nbytes for name, p in model.named_parameters()}, "sparse_layers": sparse}
+    sparse = {n: m for n, m in model.named_modules() if type(getattr(m, "quant_method", None)).__name__ == METHOD}
+    return {
+        "bytes": {name: p.nbytes for name, p in model.named_parameters()},
+        "sparse_layers": list(sparse),
+        "packed": {name: layer.is_packed for name, layer in sparse.items()},
+        "canonical": canonical_tensors([layer.sparse_shape for layer in sparse.values()]),
+    }
+
+
+def canonical_tensors(shapes):
+    """Shapes of the tensors in this process that look like the values or metadata of a 2:4 weight of those shapes."""
+    import gc
+
+    import torch
+
+    values, metadata = {(m, n // 2) for _, m, n in shapes}, {(m, n // 8) for _, m, n in shapes}
+    alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
+    wanted = [t for t in alive if tuple(t.shape) in (metadata if t.dtype == torch.uint8 else values)]
+    return [f"{t.dtype} {tuple(t.shape)}" for t in wanted]
 
 
 METHOD = "SparseRTLinearMethod"
