@@ -35,6 +35,7 @@ def canonical_tensors(shapes):
     import torch
 
     values, metadata = {(m, n // 2) for _, m, n in shapes}, {(m, n // 8) for _, m, n in shapes}
+    gc.unfreeze()  # vLLM takes everything that is alive after loading out of the collector's sight
     alive = [t for t in gc.get_objects() if isinstance(t, torch.Tensor)]
     wanted = [t for t in alive if tuple(t.shape) in (metadata if t.dtype == torch.uint8 else values)]
     return [f"{t.dtype} {tuple(t.shape)}" for t in wanted]
