@@ -31,6 +31,10 @@ TARGET static int64_t count(const uint8_t *bits, int64_t n)
     return kept;
 }
 
+/* The stream that is read, 4 KB ahead: the processor's own prefetch stops at the end of a page. 1.02 to 1.07 times as
+ * fast (11008 x 4096 bf16, one core of Zen 4). A prefetch of an address that is not mapped does nothing. */
+INLINE void prefetch(const char *at) { _mm_prefetch(at + 4096, _MM_HINT_T0); }
+
 /* Words of 64 columns with whole-vector loads and stores, as far as the row and the values allow: a word has at most
  * 64 values, so no load passes `end`. Returns the first column left over and moves `values`. */
 INLINE int64_t expand_whole(const char **values, const char *end, const uint8_t *bits, char *out, int64_t n, int stream,
@@ -40,6 +44,8 @@ INLINE int64_t expand_whole(const char **values, const char *end, const uint8_t 
     int64_t at = 0;
     for (; at + 64 <= n && end - from >= 64 * size; at += 64) {
         uint64_t word = srt_load_bytes(bits + at / 8, 8);
+        prefetch(from);
+        prefetch(from + 64);
         for (int64_t c = 0; c < 64; c += lanes(size), word >>= lanes(size)) {
             uint64_t mask = first_lanes(word, size);
             store_whole(out + (at + c) * size, expand_block(mask, _mm512_loadu_si512(from), size), stream);
@@ -73,6 +79,7 @@ INLINE char *gather(const char *row, const uint8_t *bits, char *values, char *en
         uint64_t word = srt_mask_word(bits, at, n);
         for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size)) {
             uint64_t mask = first_lanes(word, size);
+            prefetch(row + c * size);
             __m512i block = n - c >= lanes(size) ? _mm512_loadu_si512(row + c * size)
                                                  : load_first(row + c * size, n - c, size);
             int64_t kept = popcount(mask);
@@ -126,6 +133,7 @@ INLINE void gather24(const char *row, const uint8_t *meta, char *values, int64_t
             pair_masks(masks, meta + at / 8, srt_min((n - at + 7) / 8, 16));
         uint64_t word = masks[at / 64 % 2];
         for (int64_t c = at; c < srt_min(at + 64, n); c += lanes(size), word >>= lanes(size), values += 32) {
+            prefetch(row + c * size);
             __m512i block = load_first(row + c * size, n - c, size);
             block = compress_block(first_lanes(word, size), block, size);
             if (n - c >= lanes(size))

@@ -43,8 +43,8 @@ static const srt_grad *kernels_for(int input, int dots)
 }
 
 /* Whether dot products of the kept positions alone are faster than whole tiles: cycles per element of the dense
- * product, fitted on Zen 4 to 32 .. 1024 bf16 tokens at densities 0.5, 0.25 and 0.1 (2048 x 4096, one thread; dots win below
- * 0.27 for 128 tokens and below about 0.4 from 256 tokens on). */
+ * product, fitted on Zen 4 to 32 .. 1024 bf16 tokens at densities 0.5, 0.25 and 0.1 (2048 x 4096, one thread; dots win
+ * below 0.27 for 128 tokens and below about 0.4 from 256 tokens on). */
 static int dots_win(const job *j, int64_t kept)
 {
     if (j->kernel)
