@@ -26,7 +26,18 @@ _library.define("packed_linear_t(Tensor dy, Tensor packed, str pattern, int m, i
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
     """y = x W^T + bias: x [..., n] -> [..., m]; x has the dtype of the packed values. Gradients for x and bias."""
+    if _is_plain(x):
+        return _run(x, packed, bias, pattern, m, n)
     return torch.ops.sparse_rt.packed_linear(x, packed, bias, pattern, m, n)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether nobody watches this call: no gradient, no trace, no mode.
+
+    Then the function runs without torch's dispatcher, which takes longer than a small product.
+    """
+    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    return not watched and type(x) is Tensor
 
 
 def refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str = "cpu") -> str | None:
