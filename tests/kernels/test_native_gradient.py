@@ -19,14 +19,12 @@ PATTERNS = ("2:4", "1:4", "unstructured")
 
 
 @pytest.fixture(autouse=True)
-def tiles():
+def threads():
+    """One thread unless a test sets another number: on a busy machine a team mostly waits."""
     if not gradient.can_run(torch.zeros(1)):
         pytest.skip("no tile kernels for this processor")
-
-
-@pytest.fixture
-def threads():
     before = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield torch.set_num_threads
     torch.set_num_threads(before)
 

@@ -4,7 +4,7 @@
 
 #include <stdint.h>
 
-/* How many threads a call may really use of those asked for: 1 in a forked child, without OpenMP and for less than 1. */
+/* How many threads a call may use of those asked for: 1 in a forked child, without OpenMP and for less than 1. */
 int srt_threads_for(int threads);
 
 /* Calls run(context, chunk) for every chunk in [0, chunks), which are handed out on demand in increasing order: a core
