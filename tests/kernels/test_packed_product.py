@@ -11,7 +11,7 @@ from packed_cases import assert_close, layouts, shifted, weight
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.native.packed import DTYPES
 
-TOKENS = (1, 2, 3, 4, 5, 8, 16, 23, 24, 25, 64)
+TOKENS = (1, 2, 3, 4, 5, 7, 8, 12, 13, 16, 23, 24, 25, 64, 100)
 # One row, one column; around the 16 rows of a panel and the 64 of four; around windows of 64 and 128 columns.
 SHAPES = (
     *((1, 1), (1, 300), (5, 3), (3, 7), (16, 2), (15, 12), (17, 33), (64, 128), (63, 72), (65, 129), (31, 200)),

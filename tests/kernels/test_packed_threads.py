@@ -76,7 +76,7 @@ def test_a_token_does_not_depend_on_its_batch(isa, dtype):
             tensor = w.pack(layout)
             together = packed.packed_linear(x, tensor, None, *w.shape)
             first = 3 if (isa, layout, dtype) == ("avx512_bf16", "bitmask", torch.bfloat16) else 1
-            for tokens in (1, 2, 3, 4, 5, 12, 13, 24, 25, 64):
+            for tokens in (1, 2, 3, 4, 5, 7, 12, 13, 24, 25, 64, 100):
                 alone = packed.packed_linear(x[:tokens], tensor, None, *w.shape)
                 if tokens >= first:
                     assert torch.equal(alone, together[:tokens]), (layout, pattern, tokens)

@@ -110,15 +110,16 @@ EXPORT int srt_packed_unmake(const void *packed, int64_t bytes, int64_t m, int64
 /* The weight is read and expanded once for a part of the tokens: as many as stay in a core's share of the third-level
  * cache (512 tokens, 11008 x 4096: 218 ms with 2 MB, 227 with 1 MB, 242 with 512 KB). */
 enum { X_BYTES = 4 << 20, SERIAL_BELOW = 1 << 16, CHUNKS_PER_THREAD = 16 };
-enum { MAX_PART_TOKENS = 256, MAX_TILE = 64 * SRT_MAX_TOKENS };
+enum { MAX_PART_TOKENS = 256, MAX_TILE = 64 * SRT_MAX_TOKENS, MAX_CHAINS = 2 };
 
 typedef struct {
     const srt_packed *w;
     const char *x, *bias;
     char *y, *prepared;
     int64_t tokens, ldx, ldy, token_bytes; /* ld: elements between two tokens */
-    int64_t blocks, blocks_a_part, parts, chunks;
+    int64_t blocks, parts, chunks;
     const srt_kernel *kernel;
+    const srt_dense *dense; /* NULL: every block is multiplied for itself */
     int size;
 } product;
 
@@ -174,29 +175,42 @@ static void multiply_unit(const product *p, int64_t unit, int64_t block)
     store(p, &to, out);
 }
 
-/* One unit of rows times blocks [first, last): expanded once, a part of its vectors at a time. */
+static void add_chains(float *sums, int64_t tokens, int chains)
+{
+    for (int64_t t = 0; t < tokens && chains == 2; t++)
+        for (int r = 0; r < SRT_PANEL; r++)
+            sums[t * SRT_PANEL + r] = sums[2 * t * SRT_PANEL + r] + sums[(2 * t + 1) * SRT_PANEL + r];
+}
+
+/* One unit of rows times blocks [first, last): expanded once, a part of its vectors at a time. The units one by one: four
+ * side by side with each part of x, so that it comes from the second-level cache, were no faster (512 tokens, fp32). */
 static void multiply_expanded(const product *p, int64_t unit, int64_t first, int64_t last)
 {
-    _Alignas(64) char vectors[SRT_EXPANDED * 64];
-    float out[MAX_PART_TOKENS * SRT_PANEL];
-    int64_t start = first_token(p, first), unit_bytes = p->token_bytes / p->w->stride;
+    _Alignas(64) char vectors[SRT_EXPANDED * SRT_VECTOR];
+    float sums[MAX_PART_TOKENS * MAX_CHAINS * SRT_PANEL];
+    const srt_dense *dense = p->dense;
+    int64_t start = first_token(p, first), masks = SRT_EXPANDED / dense->vectors;
     piece to = piece_of(p, unit, start, first_token(p, last));
     const char *values = srt_data(p->w) + srt_offsets(p->w)[unit] * p->size;
-    memset(out, 0, sizeof(float) * SRT_PANEL * (size_t)to.tokens);
+    memset(sums, 0, sizeof(float) * SRT_PANEL * (size_t)(dense->chains * to.tokens));
     expect(p, &to);
-    for (int64_t v = 0; v < p->w->stride; v += SRT_EXPANDED) {
-        int64_t count = srt_min(p->w->stride - v, SRT_EXPANDED);
-        values = p->kernel->expand(p->w, unit, v, count, values, vectors);
+    for (int64_t mask = 0; mask < p->w->stride; mask += masks) {
+        int64_t here = srt_min(p->w->stride - mask, masks), count = here * dense->vectors;
+        values = dense->expand(p->w, unit, mask, here, values, vectors);
         /* The next part comes from memory while this one is multiplied, a line at a time: asked for at once it would fill
          * the queue of misses that x needs too (64 tokens, 11008 x 4096: 27.9 instead of 30.0 ms, 32.1 without). */
+        const char *ahead = values; /* a vector has at most SRT_VECTOR bytes of values: later blocks ask for no more */
         for (int64_t block = first; block < last; block++) {
             int64_t at = first_token(p, block), tokens = first_token(p, block + 1) - at;
-            const char *x = p->prepared + at * p->token_bytes + v * tokens * unit_bytes;
-            const char *ahead = values + (block - first) * count * 16;
-            p->kernel->dense(vectors, count, x, (int)tokens, ahead, out + (at - start) * SRT_PANEL);
+            const char *x = p->prepared + at * p->token_bytes + mask * dense->vectors * tokens * 4;
+            float *to_block = sums + (at - start) * dense->chains * SRT_PANEL;
+            dense->tile(vectors, count, x, (int)tokens, ahead, to_block);
+            if (block - first + 1 < SRT_VECTOR / SRT_AHEAD)
+                ahead += count * SRT_AHEAD;
         }
     }
-    store(p, &to, out);
+    add_chains(sums, to.tokens, dense->chains);
+    store(p, &to, sums);
 }
 
 static void multiply_chunk(void *context, int64_t index)
@@ -204,10 +218,9 @@ static void multiply_chunk(void *context, int64_t index)
     const product *p = context;
     int64_t part = index / p->chunks, chunk = index % p->chunks;
     int64_t first = p->w->units * chunk / p->chunks, last = p->w->units * (chunk + 1) / p->chunks;
-    int64_t block = part * p->blocks_a_part;
-    int64_t block_end = part + 1 == p->parts ? p->blocks : block + p->blocks_a_part;
+    int64_t block = p->blocks * part / p->parts, block_end = p->blocks * (part + 1) / p->parts;
     for (int64_t unit = first; unit < last; unit++)
-        if (p->kernel->expand && block_end - block > 1)
+        if (p->dense)
             multiply_expanded(p, unit, block, block_end);
         else
             for (int64_t b = block; b < block_end; b++)
@@ -235,11 +248,11 @@ EXPORT int srt_packed_linear(const void *packed, int64_t bytes, int64_t m, int64
     p.kernel = &tiles->kernels[w->layout][w->dtype];
     p.size = srt_element_size(w->dtype);
     p.token_bytes = srt_x_token_bytes(p.kernel->x, n);
-    p.blocks = srt_divide_up(tokens, p.kernel->max_tokens);
+    p.dense = p.kernel->dense && tokens > p.kernel->dense->above ? p.kernel->dense : NULL;
+    p.blocks = srt_divide_up(tokens, p.dense ? p.dense->max_tokens : p.kernel->max_tokens);
     int64_t block_tokens = srt_divide_up(tokens, p.blocks);
     int64_t fit = srt_min(MAX_PART_TOKENS, X_BYTES / (p.token_bytes > 0 ? p.token_bytes : 1)) / block_tokens;
-    p.blocks_a_part = fit > 1 ? fit : 1;
-    p.parts = srt_divide_up(p.blocks, p.blocks_a_part);
+    p.parts = srt_divide_up(p.blocks, fit > 1 ? fit : 1);
     if (srt_threads_for(threads) == 1 || m * n * tokens < SERIAL_BELOW)
         threads = 1;
     p.chunks = threads == 1 ? 1 : srt_divide_up(w->units, srt_divide_up(w->units, threads * CHUNKS_PER_THREAD));

@@ -30,7 +30,8 @@ enum {
 
 enum { SRT_PANEL = 16, SRT_PAIR_PANELS = 4, SRT_PAIR_BLOCK = 8, SRT_WINDOW_STEP = 64 };
 enum { SRT_SLOT_STEP_BYTES = 192, SRT_SLOT_PADDING = 128 }; /* padding: the bit of an index that marks an empty slot */
-enum { SRT_MAX_TOKENS = 24, SRT_EXPANDED = 256 }; /* expanded: vectors at a time, 16 KB */
+/* Expanded vectors: how many at a time (16 KB), bytes of one, and bytes asked for while one is multiplied. */
+enum { SRT_MAX_TOKENS = 24, SRT_EXPANDED = 256, SRT_VECTOR = 64, SRT_AHEAD = 16 };
 
 /* Tables and data are positions in bytes behind the start of the header. */
 typedef struct {
@@ -56,20 +57,32 @@ static inline const char *srt_data(const srt_packed *w) { return (const char *)w
 /* out [tokens][rows of a unit] = the product of one unit with a block of x. `tokens` is 1 .. max_tokens. */
 typedef void srt_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out);
 
-/* For more tokens than one tile takes, a part of a unit is expanded once and multiplied with block after block:
- * vectors [count] from the kept elements at `values` (the part begins at vector `first`); returns what follows them. */
+/* For more tokens than one tile takes, a part of a unit is expanded once and multiplied with block after block. An
+ * expanded vector meets 4 bytes of every token of x: it is 16 rows x 1 column of float, or x 2 columns of bf16.
+ *
+ * The expander makes the vectors of `count` masks, from mask `first` on, of the kept elements at `values`; it returns
+ * what follows those. */
 typedef const char *srt_expander(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
                                  char *vectors);
-/* out [tokens][SRT_PANEL] += the product of expanded vectors with their part of a block of x. Meanwhile 16 bytes
- * a vector are asked for at `ahead`. */
-typedef void srt_dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out);
+/* sums [tokens][chains][SRT_PANEL] += the product of `count` vectors with their part of a block of x, vector v in chain
+ * v % chains. Meanwhile SRT_AHEAD bytes a vector are asked for at `ahead`. */
+typedef void srt_dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead,
+                            float *sums);
+
+typedef struct {
+    srt_expander *expand;
+    srt_dense_tile *tile;
+    int max_tokens; /* of a block */
+    int above;      /* so many tokens it is faster: tiles expand beside the products, so twice is still cheap */
+    int vectors;    /* that a mask makes */
+    int chains;     /* 1 or 2, the same as in the tiles: the number of tokens changes no bit of a sum */
+} srt_dense;
 
 /* How a layout is multiplied with: all NULL where an instruction set has no kernel for it. */
 typedef struct {
     srt_tile *tile;
     int x, max_tokens;
-    srt_expander *expand; /* may be NULL, like `dense` */
-    srt_dense_tile *dense;
+    const srt_dense *dense; /* NULL: any number of tokens is multiplied block after block */
 } srt_kernel;
 
 /* The kernels of one instruction set. */

@@ -10,7 +10,7 @@
 #define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 #define INLINE TARGET static inline __attribute__((always_inline))
 
-enum { AVX2_TOKENS = 4, AHEAD = 4096 };
+enum { AVX2_TOKENS = 6, AHEAD = 4096 };
 
 INLINE const char *load_half(const char *values, uint32_t mask, __m256i *words)
 {
@@ -36,75 +36,133 @@ INLINE __m256 column(__m256i words, int second, int dtype)
                                       : _mm256_slli_epi32(words, 16));
 }
 
-INLINE void multiply(__m256 (*sums)[2], __m256 low, __m256 high, const char *x, int64_t at, int tokens)
-{
-    const float *row = (const float *)x + at * tokens;
-#pragma GCC unroll 4
-    for (int t = 0; t < tokens; t++) {
-        __m256 broadcast = _mm256_set1_ps(row[t]);
-        sums[t][0] = _mm256_fmadd_ps(low, broadcast, sums[t][0]);
-        sums[t][1] = _mm256_fmadd_ps(high, broadcast, sums[t][1]);
-    }
-}
+/* The two halves of a column of floats. */
+typedef struct {
+    __m256 low, high;
+} floats;
 
-INLINE void words_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, __m256 (*sums)[2], int dtype)
-{
-    const uint32_t *masks = (const uint32_t *)srt_masks(w) + unit * w->stride;
-    const char *values = srt_data(w) + srt_offsets(w)[unit] * 2;
-    for (int64_t p = 0; p < w->stride; p++) {
-        __m256i low, high;
-        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
-        values = load_half(values, masks[p], &low);
-        values = load_half(values, masks[p] >> 16, &high);
-        multiply(sums, column(low, 0, dtype), column(high, 0, dtype), x, 2 * p, tokens);
-        multiply(sums, column(low, 1, dtype), column(high, 1, dtype), x, 2 * p + 1, tokens);
-    }
-}
+INLINE int columns_of(int dtype) { return dtype == SRT_FP32 ? 1 : 2; } /* in a vector of packed.h */
 
-INLINE void floats_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, __m256 (*sums)[2])
+/* The columns of vector v; returns what follows its kept elements. */
+INLINE const char *load_columns(const char *values, const char *masks, int64_t v, floats columns[2], int dtype)
 {
-    const uint16_t *masks = (const uint16_t *)srt_masks(w) + unit * w->stride;
-    const char *values = srt_data(w) + srt_offsets(w)[unit] * 4;
-    for (int64_t p = 0; p < w->stride; p++) {
-        uint32_t low = masks[p] & 0xff, high = masks[p] >> 8;
-        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+    if (dtype == SRT_FP32) {
+        uint32_t mask = ((const uint16_t *)masks)[v], low = mask & 0xff, high = mask >> 8;
         __m256i first = srt_shuffle_doubles(_mm256_loadu_si256((const void *)values), srt_expand_lanes[low]);
         values += 4 * _mm_popcnt_u32(low);
         __m256i second = srt_shuffle_doubles(_mm256_loadu_si256((const void *)values), srt_expand_lanes[high]);
-        values += 4 * _mm_popcnt_u32(high);
-        multiply(sums, _mm256_castsi256_ps(first), _mm256_castsi256_ps(second), x, p, tokens);
+        columns[0] = (floats){_mm256_castsi256_ps(first), _mm256_castsi256_ps(second)};
+        return values + 4 * _mm_popcnt_u32(high);
     }
+    uint32_t mask = ((const uint32_t *)masks)[v];
+    __m256i low, high;
+    values = load_half(load_half(values, mask, &low), mask >> 16, &high);
+    columns[0] = (floats){column(low, 0, dtype), column(high, 0, dtype)};
+    columns[1] = (floats){column(low, 1, dtype), column(high, 1, dtype)};
+    return values;
 }
 
-INLINE void any_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out, int dtype)
+INLINE void multiply(floats *sums, floats weights, const char *x, int64_t at, int tokens)
 {
-    __m256 sums[AVX2_TOKENS][2];
-    for (int t = 0; t < tokens; t++)
-        sums[t][0] = sums[t][1] = _mm256_setzero_ps();
-    if (dtype == SRT_FP32)
-        floats_tile(w, unit, x, tokens, sums);
-    else
-        words_tile(w, unit, x, tokens, sums, dtype);
+    const float *row = (const float *)x + at * tokens;
+#pragma GCC unroll 6
     for (int t = 0; t < tokens; t++) {
-        _mm256_storeu_ps(out + t * SRT_PANEL, sums[t][0]);
-        _mm256_storeu_ps(out + t * SRT_PANEL + 8, sums[t][1]);
+        __m256 broadcast = _mm256_set1_ps(row[t]);
+        sums[t].low = _mm256_fmadd_ps(weights.low, broadcast, sums[t].low);
+        sums[t].high = _mm256_fmadd_ps(weights.high, broadcast, sums[t].high);
     }
 }
 
-#define AVX2_TILES(NAME, DTYPE)                                                                                        \
-    TARGET static void NAME(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)                  \
-    {                                                                                                                  \
-        switch (tokens) {                                                                                              \
-        case 1: any_tile(w, unit, x, 1, out, DTYPE); break;                                                            \
-        case 2: any_tile(w, unit, x, 2, out, DTYPE); break;                                                            \
-        case 3: any_tile(w, unit, x, 3, out, DTYPE); break;                                                            \
-        default: any_tile(w, unit, x, 4, out, DTYPE);                                                                  \
-        }                                                                                                              \
+INLINE floats load_sums(const float *from) { return (floats){_mm256_loadu_ps(from), _mm256_loadu_ps(from + 8)}; }
+
+INLINE void store_sums(float *to, floats sums)
+{
+    _mm256_storeu_ps(to, sums.low);
+    _mm256_storeu_ps(to + 8, sums.high);
+}
+
+INLINE void bitmask_tile(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out, int dtype)
+{
+    const char *values = srt_data(w) + srt_offsets(w)[unit] * srt_element_size(dtype);
+    const char *masks = srt_masks(w) + unit * w->stride * 2 * columns_of(dtype);
+    floats sums[AVX2_TOKENS], columns[2];
+    for (int t = 0; t < tokens; t++)
+        sums[t] = (floats){_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (int64_t v = 0; v < w->stride; v++) {
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        values = load_columns(values, masks, v, columns, dtype);
+        for (int k = 0; k < columns_of(dtype); k++)
+            multiply(sums, columns[k], x, columns_of(dtype) * v + k, tokens);
+    }
+    for (int t = 0; t < tokens; t++)
+        store_sums(out + t * SRT_PANEL, sums[t]);
+}
+
+INLINE const char *expand(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
+                          char *vectors, int dtype)
+{
+    const char *masks = srt_masks(w) + (unit * w->stride + first) * 2 * columns_of(dtype);
+    for (int64_t v = 0; v < count; v++) {
+        floats columns[2];
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        values = load_columns(values, masks, v, columns, dtype);
+        for (int k = 0; k < columns_of(dtype); k++)
+            store_sums((float *)vectors + (columns_of(dtype) * v + k) * SRT_PANEL, columns[k]);
+    }
+    return values;
+}
+
+INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out)
+{
+    floats sums[AVX2_TOKENS];
+#pragma GCC unroll 6
+    for (int t = 0; t < tokens; t++)
+        sums[t] = load_sums(out + t * SRT_PANEL);
+    for (int64_t v = 0; v < count; v++) {
+        if (v % 4 == 0)
+            _mm_prefetch(ahead + SRT_AHEAD * v, _MM_HINT_T0);
+        multiply(sums, load_sums((const float *)vectors + SRT_PANEL * v), x, v, tokens);
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < tokens; t++)
+        store_sums(out + t * SRT_PANEL, sums[t]);
+}
+
+#define TOKENS(BODY)                                                                                                   \
+    switch (tokens) {                                                                                                  \
+    case 1: BODY(1); break;                                                                                            \
+    case 2: BODY(2); break;                                                                                            \
+    case 3: BODY(3); break;                                                                                            \
+    case 4: BODY(4); break;                                                                                            \
+    case 5: BODY(5); break;                                                                                            \
+    default: BODY(6);                                                                                                  \
     }
 
-AVX2_TILES(bitmask_bf16, SRT_BF16)
-AVX2_TILES(bitmask_fp16, SRT_FP16)
-AVX2_TILES(bitmask_fp32, SRT_FP32)
+TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out)
+{
+#define DENSE(T) dense_tile(vectors, count, x, T, ahead, out)
+    TOKENS(DENSE)
+}
+
+#define BF16_TILE(T) bitmask_tile(w, unit, x, T, out, SRT_BF16)
+#define FP16_TILE(T) bitmask_tile(w, unit, x, T, out, SRT_FP16)
+#define FP32_TILE(T) bitmask_tile(w, unit, x, T, out, SRT_FP32)
+
+#define AVX2_KERNELS(NAME, BODY, DTYPE, COLUMNS)                                                                       \
+    TARGET static void bitmask_##NAME(const srt_packed *w, int64_t unit, const char *x, int tokens, float *out)        \
+    {                                                                                                                  \
+        TOKENS(BODY)                                                                                                   \
+    }                                                                                                                  \
+    TARGET static const char *expand_##NAME(const srt_packed *w, int64_t unit, int64_t first, int64_t count,           \
+                                            const char *values, char *vectors)                                         \
+    {                                                                                                                  \
+        return expand(w, unit, first, count, values, vectors, DTYPE);                                                  \
+    }                                                                                                                  \
+    static const srt_dense dense_##NAME = {expand_##NAME, dense, AVX2_TOKENS, 2 * AVX2_TOKENS, COLUMNS, 1};
+
+AVX2_KERNELS(bf16, BF16_TILE, SRT_BF16, 2)
+AVX2_KERNELS(fp16, FP16_TILE, SRT_FP16, 2)
+AVX2_KERNELS(fp32, FP32_TILE, SRT_FP32, 1)
 
 static int supported(void)
 {
@@ -117,9 +175,9 @@ const srt_tiles srt_tiles_avx2 = {
     .name = "avx2",
     .supported = supported,
     .kernels = {[SRT_BITMASK] = {
-                    [SRT_BF16] = {bitmask_bf16, SRT_X_FLOAT, AVX2_TOKENS},
-                    [SRT_FP16] = {bitmask_fp16, SRT_X_FLOAT, AVX2_TOKENS},
-                    [SRT_FP32] = {bitmask_fp32, SRT_X_FLOAT, AVX2_TOKENS},
+                    [SRT_BF16] = {bitmask_bf16, SRT_X_FLOAT, AVX2_TOKENS, &dense_bf16},
+                    [SRT_FP16] = {bitmask_fp16, SRT_X_FLOAT, AVX2_TOKENS, &dense_fp16},
+                    [SRT_FP32] = {bitmask_fp32, SRT_X_FLOAT, AVX2_TOKENS, &dense_fp32},
                 }},
     .store = srt_scalar_store,
 };

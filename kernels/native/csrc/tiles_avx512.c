@@ -84,6 +84,77 @@ FMA_TILES(srt_avx512_bitmask_bf16, BF16_TILE)
 FMA_TILES(srt_avx512_bitmask_fp16, FP16_TILE)
 FMA_TILES(srt_avx512_bitmask_fp32, FP32_TILE)
 
+INLINE const char *expand_words(const srt_packed *w, int64_t unit, int64_t first, int64_t count, const char *values,
+                                char *vectors, int dtype)
+{
+    const uint32_t *masks = (const uint32_t *)srt_masks(w) + unit * w->stride + first;
+    for (int64_t v = 0; v < count; v++) {
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        __m512i words = srt_expand_words(masks[v], _mm512_loadu_si512(values));
+        _mm512_store_ps(vectors + 2 * SRT_VECTOR * v, column(words, 0, dtype));
+        _mm512_store_ps(vectors + 2 * SRT_VECTOR * v + SRT_VECTOR, column(words, 1, dtype));
+        values += 2 * _mm_popcnt_u32(masks[v]);
+    }
+    return values;
+}
+
+TARGET static const char *expand_floats(const srt_packed *w, int64_t unit, int64_t first, int64_t count,
+                                        const char *values, char *vectors)
+{
+    const uint16_t *masks = (const uint16_t *)srt_masks(w) + unit * w->stride + first;
+    for (int64_t v = 0; v < count; v++) {
+        _mm_prefetch(values + AHEAD, _MM_HINT_T0);
+        _mm512_store_si512(vectors + SRT_VECTOR * v, srt_expand_doubles(masks[v], _mm512_loadu_si512(values)));
+        values += 4 * _mm_popcnt_u32(masks[v]);
+    }
+    return values;
+}
+
+#define EXPAND_WORDS(NAME, DTYPE)                                                                                      \
+    TARGET static const char *NAME(const srt_packed *w, int64_t unit, int64_t first, int64_t count,                    \
+                                   const char *values, char *vectors)                                                  \
+    {                                                                                                                  \
+        return expand_words(w, unit, first, count, values, vectors, DTYPE);                                            \
+    }
+
+EXPAND_WORDS(expand_bf16, SRT_BF16)
+EXPAND_WORDS(expand_fp16, SRT_FP16)
+
+/* The chain of the even columns first, then that of the odd ones: both at once are 48 registers for 24 tokens. */
+INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *sums)
+{
+    for (int64_t chain = 0; chain < 2; chain++) {
+        __m512 chains[SRT_MAX_TOKENS];
+#pragma GCC unroll 24
+        for (int t = 0; t < tokens; t++)
+            chains[t] = _mm512_loadu_ps(sums + (2 * t + chain) * SRT_PANEL);
+        for (int64_t v = chain; v < count; v += 2) {
+            const float *row = (const float *)x + v * tokens;
+            __m512 weights = _mm512_load_ps(vectors + SRT_VECTOR * v);
+            if (v % 4 == 0)
+                _mm_prefetch(ahead + SRT_AHEAD * v, _MM_HINT_T0);
+#pragma GCC unroll 24
+            for (int t = 0; t < tokens; t++)
+                chains[t] = _mm512_fmadd_ps(weights, _mm512_set1_ps(row[t]), chains[t]);
+        }
+#pragma GCC unroll 24
+        for (int t = 0; t < tokens; t++)
+            _mm512_storeu_ps(sums + (2 * t + chain) * SRT_PANEL, chains[t]);
+    }
+}
+
+TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *sums)
+{
+#define DENSE(T) dense_tile(vectors, count, x, T, ahead, sums)
+    switch (tokens) {
+        SRT_TILES_TO_24(DENSE)
+    }
+}
+
+const srt_dense srt_avx512_dense_bf16 = {expand_bf16, dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 2, 2};
+const srt_dense srt_avx512_dense_fp16 = {expand_fp16, dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 2, 2};
+const srt_dense srt_avx512_dense_fp32 = {expand_floats, dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 1, 2};
+
 /* Round to nearest, ties to even; a NaN stays one. (VCVTNEPS2BF16 would flush denormals.) */
 INLINE __m256i to_bf16(__m512 value)
 {
@@ -129,9 +200,9 @@ const srt_tiles srt_tiles_avx512 = {
     .name = "avx512",
     .supported = supported,
     .kernels = {[SRT_BITMASK] = {
-                    [SRT_BF16] = {srt_avx512_bitmask_bf16, SRT_X_FLOAT, SRT_FMA_TOKENS},
-                    [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS},
-                    [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS},
+                    [SRT_BF16] = {srt_avx512_bitmask_bf16, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_bf16},
+                    [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_fp16},
+                    [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_fp32},
                 }},
     .store = srt_avx512_store,
 };

@@ -39,6 +39,7 @@ SRT_EXPAND(srt_expand_doubles, "vpexpandd", __mmask16)
     SRT_TILE(BODY, 19) SRT_TILE(BODY, 20) SRT_TILE(BODY, 21) SRT_TILE(BODY, 22) SRT_TILE(BODY, 23) SRT_TILE(BODY, 24)
 
 srt_tile srt_avx512_bitmask_bf16, srt_avx512_bitmask_fp16, srt_avx512_bitmask_fp32;
+extern const srt_dense srt_avx512_dense_bf16, srt_avx512_dense_fp16, srt_avx512_dense_fp32;
 void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
 
 #endif

@@ -80,7 +80,7 @@ INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int to
         __m512i weights = _mm512_load_si512(vectors + 64 * v);
         const int32_t *pairs = (const int32_t *)x + v * tokens;
         if (v % 4 == 0)
-            _mm_prefetch(ahead + 16 * v, _MM_HINT_T0);
+            _mm_prefetch(ahead + SRT_AHEAD * v, _MM_HINT_T0);
 #pragma GCC unroll 24
         for (int t = 0; t < tokens; t++)
             sums[t] = dot(sums[t], weights, _mm512_set1_epi32(pairs[t]));
@@ -90,13 +90,16 @@ INLINE void dense_tile(const char *vectors, int64_t count, const char *x, int to
         _mm512_storeu_ps(out + t * SRT_PANEL, sums[t]);
 }
 
-TARGET static void dense(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead, float *out)
+TARGET static void multiply_dense(const char *vectors, int64_t count, const char *x, int tokens, const char *ahead,
+                                  float *out)
 {
 #define DENSE(T) dense_tile(vectors, count, x, T, ahead, out)
     switch (tokens) {
         SRT_TILES_TO_24(DENSE)
     }
 }
+
+static const srt_dense dense = {expand, multiply_dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 1, 1};
 
 /* ---- 2:4 ------------------------------------------------------------------------------------------------------ */
 
@@ -241,9 +244,9 @@ const srt_tiles srt_tiles_avx512_bf16 = {
     .supported = supported,
     .kernels = {
         [SRT_BITMASK] = {
-            [SRT_BF16] = {bitmask, SRT_X_PAIRS, SRT_MAX_TOKENS, expand, dense},
-            [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS},
-            [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS},
+            [SRT_BF16] = {bitmask, SRT_X_PAIRS, SRT_MAX_TOKENS, &dense},
+            [SRT_FP16] = {srt_avx512_bitmask_fp16, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_fp16},
+            [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_fp32},
         },
         [SRT_PAIRS] = {[SRT_BF16] = {pairs, SRT_X_QUADS, 4}},
         [SRT_SLOTS] = {[SRT_BF16] = {slots, SRT_X_PLANES, 4}},
