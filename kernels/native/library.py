@@ -25,6 +25,39 @@ ISAS = ("scalar", "avx2", "avx512", "avx512_bf16")
 # Moving elements needs no arithmetic, so the two kinds of AVX-512 share their row kernels.
 _ROW_ISAS = {"avx512_bf16": "avx512"}
 
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "l": ctypes.c_int64,
+    "i": ctypes.c_int,
+    "f": ctypes.c_float,
+    "s": ctypes.c_char_p,
+    "v": None,
+}
+# Result and arguments of every C function, in the order of its declaration in csrc/.
+SIGNATURES = {
+    "srt_expand_bitmask": "l = plpp llii",
+    "srt_gather_bitmask": "l = pppl llii",
+    "srt_expand_24": "l = ppp llii",
+    "srt_gather_24": "l = ppp llii",
+    "srt_grad_bytes": "l = lllil",
+    "srt_values_grad": "l = pplpi plll iiii pli",
+    "srt_factors_grad": "l = pplpi plll ii ppfl pp ii pli",
+    "srt_factors_apply": "l = pilpill ppfl f ipi",
+    "srt_packed_runs": "i = ii",
+    "srt_packed_plan": "l = iipi lll ppp i",
+    "srt_packed_bytes": "l = p",
+    "srt_packed_make": "v = ppi pppp i",
+    "srt_packed_kind": "i = plll",
+    "srt_packed_unmake": "i = plll ppp i",
+    "srt_packed_workspace": "l = pl",
+    "srt_packed_linear": "i = plll pll ppl pi",
+    "srt_advise_huge": "v = pl",
+    "srt_packed_isa": "s = ",
+    "srt_isa": "s = ",
+    "srt_packed_use_isa": "i = s",
+    "srt_use_isa": "i = s",
+}
+
 _lock = threading.Lock()
 _loaded: Library | str | None = None
 
@@ -122,64 +155,9 @@ def _load_file(path: Path) -> Library:
         handle = ctypes.CDLL(str(path))
     except OSError as error:
         raise _LoadError(f"{path} cannot be loaded ({error}); delete it to have it compiled again") from error
-    address, size, count = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-    real = ctypes.c_float
-    tail = [size, size, count, count]  # m, n, element size, threads
-    inputs = [address, address, size, address, count]  # dy, x, tokens, metadata, nibbles
-    factors = [address, address, real, size]  # a, b, scale, groups
-    for name, arguments in (
-        ("srt_expand_bitmask", [address, size, address, address, *tail]),
-        ("srt_gather_bitmask", [address, address, address, size, *tail]),
-        ("srt_expand_24", [address, address, address, *tail]),
-        ("srt_gather_24", [address, address, address, *tail]),
-        ("srt_grad_bytes", [size, size, size, count, size]),
-        ("srt_values_grad", [*inputs, address, size, size, size, count, count, count, count, address, size, count]),
-        (
-            "srt_factors_grad",
-            [
-                *inputs,
-                address,
-                size,
-                size,
-                size,
-                count,
-                count,
-                *factors,
-                address,
-                address,
-                count,
-                count,
-                address,
-                size,
-                count,
-            ],
-        ),
-        (
-            "srt_factors_apply",
-            [*(address, count, size, address, count, size, size), *factors, real, address, count, address, count],
-        ),
-    ):
+    for name, signature in SIGNATURES.items():
+        result, arguments = signature.split(" = ")
         function = getattr(handle, name)
-        function.argtypes, function.restype = arguments, size
-    for name, result, arguments in (
-        ("srt_packed_runs", count, [count, count]),
-        ("srt_packed_plan", size, [count, count, address, count, *[size] * 3, *[address] * 3, count]),
-        ("srt_packed_bytes", size, [address]),
-        ("srt_packed_make", None, [address, address, count, *[address] * 4, count]),
-        ("srt_packed_kind", count, [address, size, size, size]),
-        ("srt_packed_unmake", count, [address, size, size, size, *[address] * 3, count]),
-        ("srt_packed_workspace", size, [address, size]),
-        (
-            "srt_packed_linear",
-            count,
-            [address, *[size] * 3, address, size, size, address, address, size, address, count],
-        ),
-        ("srt_advise_huge", None, [address, size]),
-        ("srt_packed_isa", ctypes.c_char_p, []),
-        ("srt_isa", ctypes.c_char_p, []),
-        ("srt_packed_use_isa", count, [ctypes.c_char_p]),
-        ("srt_use_isa", count, [ctypes.c_char_p]),
-    ):
-        function = getattr(handle, name)
-        function.argtypes, function.restype = arguments, result
+        function.restype = _TYPES[result]
+        function.argtypes = [_TYPES[letter] for letter in arguments.replace(" ", "")]
     return Library(path, handle)
