@@ -93,15 +93,15 @@ for _name, _run in (
     _library.impl(_name, _run, "CompositeExplicitAutograd")
 
 
-def check_devices(op: str, *tensors: Tensor) -> None:
+def check_devices(op: str, *tensors: Tensor | None) -> None:
     """PyTorch runs the shape rule, and returns what it made, as soon as one operand is on the meta device."""
-    devices = {str(tensor.device) for tensor in tensors}
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
     torch._check(len(devices) == 1, lambda: f"{op}: the operands are on {' and '.join(sorted(devices))}")
 
 
 @torch.library.register_fake("sparse_rt::linear", lib=_library)
 def _(x, values, metadata, bias, pattern, m, n):
-    check_devices("linear", x, values, metadata)
+    check_devices("linear", x, values, metadata, bias)
     torch._check(x.shape[-1] == n, lambda: f"linear: x has {x.shape[-1]} columns, the weight has in_features {n}")
     return x.new_empty((*x.shape[:-1], m))
 

@@ -90,7 +90,7 @@ _library.impl("packed_linear_t", _run_t, "CompositeExplicitAutograd")
 
 @torch.library.register_fake("sparse_rt::packed_linear", lib=_library)
 def _(x, packed, bias, pattern, m, n):
-    ops.check_devices("packed_linear", x, packed)
+    ops.check_devices("packed_linear", x, packed, bias)
     torch._check(x.shape[-1] == n, lambda: f"packed_linear: x has {x.shape[-1]} columns, the weight {n}")
     return x.new_empty((*x.shape[:-1], m))
 

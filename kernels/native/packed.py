@@ -114,6 +114,8 @@ def _can_run(call: Call) -> str | None:
 @register_backend("packed_linear", name="native", can_run=_can_run)
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
     """y = x W^T + bias with fp32 sums: x [..., n] -> [..., m] in the dtype of x, which must be that of the values."""
+    if not (packed.is_cpu and (bias is None or bias.is_cpu)):
+        raise UserError("packed_linear: x is on the CPU, and so must the weight and the bias be")
     if x.shape[-1] != n or (bias is not None and bias.shape != (m,)):
         given = f"x {tuple(x.shape)}" + ("" if bias is None else f" and a bias {tuple(bias.shape)}")
         raise UserError(f"packed_linear: a ({m}, {n}) weight takes x [..., {n}] and a bias [{m}], got {given}")

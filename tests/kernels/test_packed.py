@@ -336,12 +336,20 @@ def test_training_compiles_whole_after_serving(dynamo):
 
 
 def test_a_placeholder_is_never_multiplied_with():
-    w = weight("2:4", 7, 12, None, torch.float32)
-    for values, metadata in ((w.values.to("meta"), w.metadata), (w.values, w.metadata.to("meta"))):
+    """PyTorch answers for an operator with one operand on the meta device, with whatever the memory holds."""
+    w, x, bias = weight("2:4", 7, 12, None, torch.float32), torch.ones(1, 12), torch.ones(7)
+    for values, metadata, b in (
+        (w.values.to("meta"), w.metadata, bias),
+        (w.values, w.metadata.to("meta"), None),
+        (w.values, w.metadata, bias.to("meta")),
+    ):
         with pytest.raises(RuntimeError, match="linear: the operands are on cpu and meta"):
-            torch.ops.sparse_rt.linear(torch.ones(1, 12), values, metadata, None, *w.shape)
-    with pytest.raises(RuntimeError, match="packed_linear: the operands are on cpu and meta"):
-        packed.packed_linear(torch.ones(1, 12), w.pack().to("meta"), None, *w.shape)
+            torch.ops.sparse_rt.linear(x, values, metadata, b, *w.shape)
+    for tensor, b in ((w.pack().to("meta"), bias), (w.pack(), bias.to("meta"))):
+        with pytest.raises(RuntimeError, match="packed_linear: the operands are on cpu and meta"):
+            packed.packed_linear(x, tensor, b, *w.shape)
+        with torch.no_grad(), pytest.raises(UserError, match="x is on the CPU, and so must the weight and the bias be"):
+            packed.packed_linear(x, tensor, b, *w.shape)
 
 
 def test_the_choice_of_a_backend_explains_itself():
