@@ -12,7 +12,7 @@ import ctypes
 import json
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -24,6 +24,7 @@ from sparse_rt.kernels.native import library
 from sparse_rt.kernels.native import ops as native
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+COPY = "copy", "torch"  # the case and operation that others are compared with
 
 
 def cases(m: int, n: int, dtype: torch.dtype, sparsities: list[float]) -> dict[str, dict[str, Callable[[], object]]]:
@@ -62,6 +63,14 @@ def best_times(timed: dict[str, dict[str, Callable[[], object]]], repeats: int) 
     return best
 
 
+def rows_of(best: dict[tuple[str, str], float], nbytes: int, **common: object) -> Iterator[dict]:
+    """A row for each case and operation; ``nbytes`` of the dense weight."""
+    for (case, operation), seconds in best.items():
+        row = dict(case=case, operation=operation, **common, ms=round(seconds * 1e3, 3))
+        row |= dict(dense_gb_per_s=round(nbytes / seconds / 1e9, 1), ratio_to_copy=round(best[COPY] / seconds, 2))
+        yield row | dict(processor=processor(), torch=torch.__version__)
+
+
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -85,11 +94,9 @@ def main(shape, dtype, sparsities, threads, isa, repeats):
         for name in isa or [loaded.isa]:
             loaded.use_isa(name)
             best = best_times(timed, repeats)
-            for (case, operation), seconds in best.items():
-                row = dict(case=case, operation=operation, shape=list(shape), dtype=dtype, threads=count, isa=name)
-                row |= dict(ms=round(seconds * 1e3, 3), dense_gb_per_s=round(nbytes / seconds / 1e9, 1))
-                row |= dict(ratio_to_copy=round(best["copy", "torch"] / seconds, 2), repeats=repeats)
-                click.echo(json.dumps(row | dict(processor=processor(), torch=torch.__version__)))
+            common = dict(shape=list(shape), dtype=dtype, threads=count, isa=name, repeats=repeats)
+            for row in rows_of(best, nbytes, **common):
+                click.echo(json.dumps(row))
 
 
 if __name__ == "__main__":

@@ -18,12 +18,12 @@ INLINE int64_t popcount(uint64_t word) { return (int64_t)(uint64_t)_mm_popcnt_u6
  * the compiler produces changes with unrelated edits. So the vpxor is written down. ("x": registers 0-15, which VEX can
  * encode.) Compress is stored through a register as well: its own storing form takes about 100 cycles there. */
 #define ZERO_MASKED(NAME, INSTRUCTION, MASK)                                                                           \
-    INLINE __m512i NAME(uint64_t mask, __m512i from)                                                                   \
+    INLINE __m512i NAME(MASK mask, __m512i from)                                                                       \
     {                                                                                                                  \
         __m512i to;                                                                                                    \
         __asm__("vpxor %x0, %x0, %x0\n\t" INSTRUCTION " %1, %0%{%2%}%{z%}"                                             \
                 : "=&x"(to)                                                                                            \
-                : "v"(from), "Yk"((MASK)mask));                                                                        \
+                : "v"(from), "Yk"(mask));                                                                              \
         return to;                                                                                                     \
     }
 
@@ -35,12 +35,12 @@ ZERO_MASKED(compress_doubles, "vpcompressd", __mmask16)
 
 INLINE __m512i expand_block(uint64_t mask, __m512i from, int size)
 {
-    return size == 2 ? expand_words(mask, from) : expand_doubles(mask, from);
+    return size == 2 ? expand_words((__mmask32)mask, from) : expand_doubles((__mmask16)mask, from);
 }
 
 INLINE __m512i compress_block(uint64_t mask, __m512i from, int size)
 {
-    return size == 2 ? compress_words(mask, from) : compress_doubles(mask, from);
+    return size == 2 ? compress_words((__mmask32)mask, from) : compress_doubles((__mmask16)mask, from);
 }
 
 /* The first `count` elements. What is switched off is not touched, so these may stand at the end of a page. */

@@ -52,7 +52,10 @@ INLINE pair_words double_halves(__m512i words)
 /* Bits (2i, 2i + 1) are bits (2j, 2j + 1) of word i. */
 INLINE __mmask32 pair_column(const pair_words *words, int j)
 {
-    return _mm512_test_epi16_mask(words->half[j / 8], _mm512_set1_epi32(1 << 2 * (j % 8) | 2 << (2 * (j % 8) + 16)));
+    const __m512i bits = _mm512_set1_epi32((int)(1u << 2 * (j % 8) | 2u << (2 * (j % 8) + 16)));
+    __mmask32 mask = _mm512_test_epi16_mask(words->half[j / 8], bits);
+    __asm__("" : "+Yk"(mask)); /* else it takes a way through a general register to what it masks: 2 cycles */
+    return mask;
 }
 
 /* ---- pack ----------------------------------------------------------------------------------------------------- */
@@ -102,7 +105,7 @@ INLINE void expand_rows(char **from, const uint32_t *masks, int shift, __m512i v
     for (int r = 0; r < 16; r++) {
         uint64_t mask = size == 2 ? masks[r] : masks[r] >> shift & 0xffff;
         int64_t kept = popcount(mask);
-        _mm_prefetch(from[r] + AHEAD, _MM_HINT_T0);
+        _mm_prefetch(from[r] + AHEAD, _MM_HINT_T1);
         v[r] = expand_block(mask, whole ? _mm512_loadu_si512(from[r]) : load_first(from[r], kept, size), size);
         from[r] += kept * size;
     }
@@ -118,10 +121,11 @@ INLINE void pack_words(char **from, const uint32_t *words, char *masks, int whol
     transpose(v);
 #pragma GCC unroll 16
     for (int p = 0; p < 16; p++) {
-        uint32_t mask = pair_column(&pairs, p);
-        memcpy(masks + 4 * p, &mask, 4);
+        __mmask32 mask = pair_column(&pairs, p);
+        uint32_t word = _cvtmask32_u32(mask);
+        memcpy(masks + 4 * p, &word, 4);
         _mm512_storeu_si512(to, compress_words(mask, v[p]));
-        to += 2 * popcount(mask);
+        to += 2 * popcount(word);
     }
     out->filled = to - out->bytes;
 }
@@ -136,7 +140,7 @@ INLINE void pack_doubles(char **from, const uint32_t *words, char *masks, int wh
         transpose(v);
 #pragma GCC unroll 16
         for (int c = 0; c < 16; c++) {
-            uint16_t mask = _mm512_test_epi32_mask(rows, _mm512_set1_epi32((int)(1u << c) << 16 * half));
+            uint16_t mask = _mm512_test_epi32_mask(rows, _mm512_set1_epi32((int)(1u << (c + 16 * half))));
             memcpy(masks + 32 * half + 2 * c, &mask, 2);
             _mm512_storeu_si512(to, compress_doubles(mask, v[c]));
             to += 4 * popcount(mask);
@@ -226,6 +230,7 @@ INLINE const char *unpack_vectors(const char *from, const char *masks, char **to
         uint64_t mask = size == 2 ? wide : narrow;
         v[i] = expand_block(mask, _mm512_loadu_si512(from), size);
         from += popcount(mask) * size;
+        _mm_prefetch(from + 2 * AHEAD, _MM_HINT_T0);
     }
     transpose(v);
 #pragma GCC unroll 16

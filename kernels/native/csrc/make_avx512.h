@@ -84,11 +84,22 @@ INLINE void load_lines(const srt_source *s, int64_t panel, int64_t at, __m512i l
     }
 }
 
+/* The inverse of nibble_line. */
+INLINE __m512i mask_line(__m512i line)
+{
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 0, 4, 0, 8, 9, 0, 0, 12, 13, 0, 14, 0, 0, 0));
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512i first = _mm512_shuffle_epi8(table, _mm512_and_si512(line, low));
+    __m512i second = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(line, 4), low));
+    return _mm512_or_si512(first, _mm512_slli_epi16(second, 4));
+}
+
+/* The inverse of load_lines. */
 INLINE void store_lines(const srt_source *s, int64_t panel, int64_t at, const __m512i lines[16])
 {
     uint8_t *meta = (uint8_t *)s->meta + panel * SRT_PANEL * srt_meta_stride(s) + at / 8;
-    for (int r = 0; r < srt_panel_rows(s, panel); r++)
-        _mm512_mask_storeu_epi8(meta + r * srt_meta_stride(s), line_bytes(s, at), lines[r]);
+    for (int r = 0; r < srt_panel_rows(s, panel); r++, meta += srt_meta_stride(s))
+        _mm512_mask_storeu_epi8(meta, line_bytes(s, at), s->nibbles ? mask_line(lines[r]) : lines[r]);
 }
 
 /* Kept elements of the 16 rows of a panel. */

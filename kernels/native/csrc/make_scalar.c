@@ -52,6 +52,15 @@ static void clear_meta(const srt_source *s, int64_t panel)
            (size_t)(srt_panel_rows(s, panel) * srt_meta_stride(s)));
 }
 
+/* The bitmask that was marked in a panel becomes 2:4 nibbles where those are the canonical metadata. */
+static void finish_meta(const srt_source *s, int64_t panel)
+{
+    static const uint8_t nibbles[16] = {[3] = 4, [5] = 8, [6] = 9, [9] = 12, [10] = 13, [12] = 14};
+    uint8_t *meta = (uint8_t *)s->meta + panel * SRT_PANEL * srt_meta_stride(s);
+    for (int64_t i = 0; s->nibbles && i < srt_panel_rows(s, panel) * srt_meta_stride(s); i++)
+        meta[i] = (uint8_t)(nibbles[meta[i] & 15] | nibbles[meta[i] >> 4] << 4);
+}
+
 static void mark(const srt_source *s, int64_t panel, int64_t r, int64_t column)
 {
     ((uint8_t *)s->meta)[(panel * SRT_PANEL + r) * srt_meta_stride(s) + column / 8] |= (uint8_t)(1 << column % 8);
@@ -148,6 +157,7 @@ static void unpack_bitmask(const srt_source *s, const srt_packed *w, int64_t pan
             int bit = __builtin_ctz(left);
             mark(s, panel, bit >> row_bits, row_bits ? 2 * v + (bit & 1) : v);
         }
+    finish_meta(s, panel);
     find_rows(s, panel, to);
     for (int64_t v = 0; v < srt_vectors(s->n, s->size); v++)
         for (uint32_t left = get_mask(table, v, s->size); left; left &= left - 1, from += s->size) {
@@ -291,6 +301,7 @@ static int64_t unpack_slot_masks(const srt_source *s, const srt_packed *w, int64
                 mark(s, panel, k / 4, 64 * (g + ((index / 64 ^ g) & 1)) + index % 64);
                 kept++;
             }
+    finish_meta(s, panel);
     return kept;
 }
 

@@ -92,15 +92,15 @@ EXPORT int srt_packed_kind(const void *packed, int64_t bytes, int64_t m, int64_t
     return valid(w, bytes, m, n) ? 16 * w->layout + w->dtype : -1;
 }
 
-/* The canonical values [nnz] and metadata [m, ceil(n / 8)] (nibbles for `pairs`, otherwise a bitmask); counts is room for
- * int64 [ceil(m / 16) + 1]. */
+/* The canonical values [nnz] and metadata [m, ceil(n / 8)] of the kind that was packed; counts is room for int64
+ * [ceil(m / 16) + 1]. */
 EXPORT int srt_packed_unmake(const void *packed, int64_t bytes, int64_t m, int64_t n, void *values, void *meta,
                              int64_t *counts, int threads)
 {
     const srt_packed *w = packed;
     if (!valid(w, bytes, m, n))
         return -1;
-    srt_source s = source_of(values, meta, w->layout == SRT_PAIRS, m, n, w->nnz, w->dtype);
+    srt_source s = source_of(values, meta, (int)w->nibbles, m, n, w->nnz, w->dtype);
     srt_unmake(w, &s, counts, threads);
     return 0;
 }

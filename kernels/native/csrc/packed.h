@@ -43,7 +43,8 @@ typedef struct {
     int64_t offsets; /* int64 [units + 1]: first element (bitmask), first step (slots) of a unit */
     int64_t masks;   /* bitmask: uint32 or uint16 [units][stride]; slots: uint8 [units][stride] steps of a window */
     int64_t data;
-    int64_t reserved[3];
+    int64_t nibbles; /* 1: the canonical metadata is 2:4 nibbles, 0: a bitmask */
+    int64_t reserved[2];
 } srt_packed;
 
 static inline int srt_element_size(int dtype) { return dtype == SRT_FP32 ? 4 : 2; }

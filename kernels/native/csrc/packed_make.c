@@ -52,7 +52,8 @@ static int64_t data_bytes(const srt_packed *w, int64_t total)
 
 static srt_packed header_of(int layout, int dtype, const srt_source *s, int64_t total)
 {
-    srt_packed w = {.magic = "srtpack", .layout = layout, .dtype = dtype, .m = s->m, .n = s->n, .nnz = s->nnz};
+    srt_packed w = {.magic = "srtpack", .layout = layout, .dtype = dtype, .m = s->m, .n = s->n, .nnz = s->nnz,
+                    .nibbles = s->nibbles};
     w.units = srt_divide_up(s->m, srt_unit_rows(&w));
     if (layout == SRT_BITMASK)
         w.stride = srt_round_up(srt_vectors(s->n, s->size), 4);

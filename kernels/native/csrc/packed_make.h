@@ -25,7 +25,7 @@ typedef struct {
     int64_t (*count_steps)(const srt_source *s, int64_t panel);
     /* [layout]: every byte of a unit's tables and data. */
     void (*pack[3])(const srt_source *s, srt_packed *w, int64_t unit);
-    /* Writes the bitmask of a panel of `slots` and returns its kept elements; unpack() is called when all panels are
+    /* Writes the metadata of a panel of `slots` and returns its kept elements; unpack() is called when all panels are
      * done. The two other layouts write metadata in unpack(). */
     int64_t (*unpack_slot_masks)(const srt_source *s, const srt_packed *w, int64_t panel);
     void (*unpack[3])(const srt_source *s, const srt_packed *w, int64_t unit);
