@@ -18,7 +18,8 @@
 
 #include <stdint.h>
 
-enum { SRT_BF16, SRT_FP16, SRT_FP32 };
+#include "numbers.h"
+
 enum { SRT_BITMASK, SRT_PAIRS, SRT_SLOTS };
 /* How x is laid out for a tile kernel, for a block of T tokens; one unit is what a kernel reads for one step. */
 enum {
@@ -47,7 +48,7 @@ typedef struct {
     int64_t reserved[2];
 } srt_packed;
 
-static inline int srt_element_size(int dtype) { return dtype == SRT_FP32 ? 4 : 2; }
+static inline int srt_element_size(int dtype) { return (int)srt_number_bytes(dtype); }
 static inline int64_t srt_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t srt_round_up(int64_t a, int64_t b) { return srt_divide_up(a, b) * b; }
 static inline int srt_unit_rows(const srt_packed *w) { return w->layout == SRT_PAIRS ? 64 : SRT_PANEL; }
