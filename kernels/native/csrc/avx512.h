@@ -85,5 +85,35 @@ INLINE uint64_t mask_at(const uint8_t *meta, int pairs, int64_t at, int64_t n)
     return masks[0] & srt_low_bits(n - at);
 }
 
+/* 16 x 16 dwords: rows become columns. */
+INLINE void transpose(__m512i v[16])
+{
+    __m512i t[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+        for (int k = 0; k < 2; k++) { /* v[i + c]: column c of each 4 in rows i to i + 3 */
+            v[i + 2 * k] = _mm512_unpacklo_epi64(t[i + k], t[i + k + 2]);
+            v[i + 2 * k + 1] = _mm512_unpackhi_epi64(t[i + k], t[i + k + 2]);
+        }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; c++) {
+        t[c] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0x88);
+        t[c + 4] = _mm512_shuffle_i32x4(v[c], v[c + 4], 0xdd);
+        t[c + 8] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0x88);
+        t[c + 12] = _mm512_shuffle_i32x4(v[c + 8], v[c + 12], 0xdd);
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; c++) {
+        v[c] = _mm512_shuffle_i32x4(t[c], t[c + 8], 0x88);
+        v[c + 8] = _mm512_shuffle_i32x4(t[c], t[c + 8], 0xdd);
+    }
+}
+
 #endif
 #endif

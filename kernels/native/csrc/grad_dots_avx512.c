@@ -16,34 +16,6 @@ enum { HELD = 64 }; /* products put away together */
 
 /* ---- packing ---------------------------------------------------------------------------------------------------- */
 
-/* 16 x 16 elements of 4 bytes. */
-INLINE void transpose(__m512i r[16])
-{
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) { /* quarter q of r[4k + i] is elements 4k .. 4k + 3 of row 4q + i */
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xdd);
-        r[i + 4] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
-        r[i + 12] = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xdd);
-    }
-}
-
 /* Units of `width` columns, a multiple of 16: for every block of steps [width][steps of the block], where the number of
  * steps is a multiple of 16; zeros behind the last token and column. */
 INLINE void pack(const char *from, int number, int64_t tokens, int64_t columns, int64_t width, int64_t first,

@@ -130,8 +130,8 @@ static void prepare_block(void *context, int64_t block)
 {
     const product *p = context;
     int64_t start = first_token(p, block), stop = first_token(p, block + 1);
-    srt_x_pack(p->kernel->x, p->w->dtype, p->x + start * p->ldx * p->size, p->ldx, p->w->n, (int)(stop - start),
-               p->prepared + start * p->token_bytes);
+    tiles->x_pack(p->kernel->x, p->w->dtype, p->x + start * p->ldx * p->size, p->ldx, p->w->n, (int)(stop - start),
+                  p->prepared + start * p->token_bytes);
 }
 
 /* Where the rows of a unit lie in y: `tokens` pieces that begin at `y`, the first of token `start`. */

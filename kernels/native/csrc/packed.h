@@ -87,6 +87,9 @@ typedef struct {
     const srt_dense *dense; /* NULL: any number of tokens is multiplied block after block */
 } srt_kernel;
 
+/* x [tokens, n] with row stride ld (elements of dtype) -> one block of a layout. */
+typedef void srt_x_packer(int kind, int dtype, const char *x, int64_t ld, int64_t n, int tokens, char *out);
+
 /* The kernels of one instruction set. */
 typedef struct {
     const char *name;
@@ -94,6 +97,7 @@ typedef struct {
     srt_kernel kernels[3][3]; /* [layout][dtype] */
     /* y[rows] in dtype = tile + bias (NULL: none). */
     void (*store)(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
+    srt_x_packer *x_pack;
 } srt_tiles;
 
 extern const srt_tiles srt_tiles_scalar;
@@ -106,7 +110,7 @@ void srt_scalar_store(const float *tile, const void *bias, void *y, int64_t rows
 
 /* Bytes that one token takes in a layout of x. */
 int64_t srt_x_token_bytes(int kind, int64_t n);
-/* x [tokens, n] with row stride ld (elements of dtype) -> one block of the layout. */
-void srt_x_pack(int kind, int dtype, const char *x, int64_t ld, int64_t n, int tokens, char *out);
+/* srt_tiles.x_pack in portable C. */
+srt_x_packer srt_x_pack;
 
 #endif

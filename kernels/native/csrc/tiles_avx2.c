@@ -180,5 +180,6 @@ const srt_tiles srt_tiles_avx2 = {
                     [SRT_FP32] = {bitmask_fp32, SRT_X_FLOAT, AVX2_TOKENS, &dense_fp32},
                 }},
     .store = srt_scalar_store,
+    .x_pack = srt_x_pack,
 };
 #endif

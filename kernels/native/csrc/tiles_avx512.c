@@ -155,45 +155,13 @@ const srt_dense srt_avx512_dense_bf16 = {expand_bf16, dense, SRT_MAX_TOKENS, SRT
 const srt_dense srt_avx512_dense_fp16 = {expand_fp16, dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 2, 2};
 const srt_dense srt_avx512_dense_fp32 = {expand_floats, dense, SRT_MAX_TOKENS, SRT_MAX_TOKENS, 1, 2};
 
-/* Round to nearest, ties to even; a NaN stays one. (VCVTNEPS2BF16 would flush denormals.) */
-INLINE __m256i to_bf16(__m512 value)
-{
-    __m512i bits = _mm512_castps_si512(value);
-    __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-    __mmask16 nan = _mm512_cmp_ps_mask(value, value, _CMP_UNORD_Q);
-    rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
-}
-
-TARGET void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype)
-{
-    for (int64_t r = 0; r < rows; r += 16) {
-        __mmask16 some = rows - r >= 16 ? 0xffff : (__mmask16)((1u << (rows - r)) - 1);
-        const char *add = (const char *)bias + r * srt_element_size(dtype);
-        char *to = (char *)y + r * srt_element_size(dtype);
-        __m512 value = _mm512_loadu_ps(tile + r);
-        if (dtype == SRT_FP32) {
-            value = bias ? _mm512_add_ps(value, _mm512_maskz_loadu_ps(some, add)) : value;
-            _mm512_mask_storeu_ps(to, some, value);
-        } else if (dtype == SRT_BF16) {
-            __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bias ? some : 0, add));
-            value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(words, 16)));
-            _mm256_mask_storeu_epi16(to, some, to_bf16(value));
-        } else {
-            value = _mm512_add_ps(value, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(bias ? some : 0, add)));
-            _mm256_mask_storeu_epi16(to, some, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-        }
-    }
-}
-
 static int supported(void)
 {
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
-           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("fma");
+           __builtin_cpu_supports("popcnt") && __builtin_cpu_supports("avx512vpopcntdq") && __builtin_cpu_supports("fma");
 }
 
 const srt_tiles srt_tiles_avx512 = {
@@ -205,5 +173,6 @@ const srt_tiles srt_tiles_avx512 = {
                     [SRT_FP32] = {srt_avx512_bitmask_fp32, SRT_X_FLOAT, SRT_FMA_TOKENS, &srt_avx512_dense_fp32},
                 }},
     .store = srt_avx512_store,
+    .x_pack = srt_avx512_x_pack,
 };
 #endif

@@ -40,6 +40,7 @@ SRT_EXPAND(srt_expand_doubles, "vpexpandd", __mmask16)
 
 srt_tile srt_avx512_bitmask_bf16, srt_avx512_bitmask_fp16, srt_avx512_bitmask_fp32;
 extern const srt_dense srt_avx512_dense_bf16, srt_avx512_dense_fp16, srt_avx512_dense_fp32;
+srt_x_packer srt_avx512_x_pack;
 void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
 
 #endif

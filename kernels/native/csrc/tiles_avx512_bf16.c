@@ -252,5 +252,6 @@ const srt_tiles srt_tiles_avx512_bf16 = {
         [SRT_SLOTS] = {[SRT_BF16] = {slots, SRT_X_PLANES, 4}},
     },
     .store = srt_avx512_store,
+    .x_pack = srt_avx512_x_pack,
 };
 #endif

@@ -45,4 +45,5 @@ const srt_tiles srt_tiles_scalar = {
                     [SRT_FP32] = {bitmask, SRT_X_FLOAT, SCALAR_TOKENS},
                 }},
     .store = srt_scalar_store,
+    .x_pack = srt_x_pack,
 };
