@@ -54,7 +54,7 @@ def test_two_threads_of_python_share_a_weight(isa, threads, dtype):
         expected = [packed.packed_linear(x, tensor, None, *w.shape) for x in xs]
 
         def repeat(index, tensor=tensor, w=w, xs=xs, expected=expected, wrong=wrong):
-            for _ in range(40):
+            for _ in range(10):
                 if not torch.equal(packed.packed_linear(xs[index], tensor, None, *w.shape), expected[index]):
                     wrong.append(index)
 
@@ -70,8 +70,8 @@ def test_two_threads_of_python_share_a_weight(isa, threads, dtype):
 def test_a_token_does_not_depend_on_its_batch(isa, dtype):
     """True of every layout but one: `bitmask` of bfloat16 adds up in another order for 1 and for 2 tokens."""
     for pattern, sparsity in CASES:
-        w = weight(pattern, 1600, 516, sparsity, dtype)
-        x = torch.randn(300, 516).to(dtype)
+        w = weight(pattern, 400, 516, sparsity, dtype)
+        x = torch.randn(130, 516).to(dtype)
         for layout in layouts(pattern, dtype):
             tensor = w.pack(layout)
             together = packed.packed_linear(x, tensor, None, *w.shape)
