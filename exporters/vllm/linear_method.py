@@ -31,8 +31,9 @@ class StoredWeight:
 # vLLM chooses the loader with ranks and shards by the *name* of this class; a subclass needs the decorator again.
 @register_weight_loader_v2_supported_method
 class SparseRTLinearMethod(LinearMethodBase):
-    """Run-time tensors of a layer: ``weight_packed`` alone, the derived layout of the processor; where there is none the
-    canonical ``weight_packed`` (values) and ``weight_metadata``.
+    """Run-time tensors of a layer: ``weight_packed`` alone, the derived layout of the processor.
+
+    Where there is none: the canonical ``weight_packed`` (values) and ``weight_metadata``.
 
     The name ``weight_packed`` is one of the few by which vLLM's LoRA layers find the device of a quantized layer.
     """
