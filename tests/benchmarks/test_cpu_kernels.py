@@ -74,13 +74,8 @@ def test_other_dtypes_have_torch_as_their_only_baseline(dtype, tmp_path):
 
 
 def test_a_wrong_result_is_reported_and_not_timed(tmp_path, monkeypatch):
-    right = cpu_kernels.serving_path
-
-    def one_percent_off(*arguments):
-        copy, product, describe = right(*arguments)
-        return copy, lambda x, weight: product(x, weight) * 1.01, describe
-
-    monkeypatch.setattr(cpu_kernels, "serving_path", one_percent_off)
+    right = cpu_kernels.packed.packed_linear
+    monkeypatch.setattr(cpu_kernels.packed, "packed_linear", lambda *arguments: right(*arguments) * 1.01)
     output = tmp_path / "rows.jsonl"
     done = run("--pattern", "2:4", "--tokens", "1", "--threads", "1", "--output", str(output))
     assert done.exit_code == 1 and "1 cells are wrong" in done.output

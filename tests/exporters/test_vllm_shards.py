@@ -11,6 +11,7 @@ import torch
 from helpers import random_weight
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
+from sparse_rt.kernels import packed
 
 pytest.importorskip("vllm")
 
@@ -115,6 +116,11 @@ def load(layer, stored, pattern, masks_first):
     layer.quant_method.process_weights_after_loading(layer)
 
 
+def canonical(layer):
+    """Values and metadata of a loaded layer, which holds the derived layout of this processor instead."""
+    return packed.unpack(layer.weight_packed, *layer.sparse_shape)
+
+
 @pytest.mark.parametrize("masks_first", [False, True], ids=["values-first", "metadata-first"])
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4:8"])
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,15 +136,17 @@ def test_every_rank_keeps_its_slice_bit_for_bit(ranks, rank, size, kind, pattern
     found_pattern, m, n = layer.sparse_shape
     expected = torch.cat([cut(*ids or (0,), weight, rank, size) for (ids, _), (weight, _) in stored])
     fmt = get_format(found_pattern)
-    assert torch.equal(fmt.decompress(layer.weight_packed, layer.weight_metadata, m, n), expected)
-    mask = fmt.unpack_mask(layer.weight_metadata, m, n)
+    values, metadata = canonical(layer)
+    assert torch.equal(fmt.decompress(values, metadata, m, n), expected)
+    mask = fmt.unpack_mask(metadata, m, n)
     wanted = torch.cat([cut(*ids or (0,), mask, rank, size) for (ids, _), (_, mask) in stored]).bool()
     real = slice(None) if kind != "head" else slice(max(0, min(VOCABULARY - rank * m, m)))
     assert torch.equal(mask[real], wanted[real])  # padding rows of an N:M head keep explicit zeros
 
     x = torch.randn(3, n).bfloat16()
-    assert torch.equal(layer.quant_method.apply(layer, x), torch.nn.functional.linear(x, expected))
-    assert {name for name, _ in layer.named_parameters()} == {"weight_packed", "weight_metadata"}
+    product = x.double() @ expected.double().T
+    assert (layer.quant_method.apply(layer, x).double() - product).norm() <= 4e-3 * product.norm()  # bf16 results
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed"}
 
 
 @pytest.mark.parametrize("kind", ["merged", "qkv"])
@@ -154,7 +162,7 @@ def test_shards_that_one_stored_weight_holds_are_cut_too(ranks, rank, size, patt
     load(layer, [(((), None), (weight, mask))], pattern, False)
     pieces = [cut(*ids, part, rank, size) for (ids, _), part in zip(parts, weight.split(sizes), strict=True)]
     fmt, m, n = get_format(pattern), *layer.sparse_shape[1:]
-    assert torch.equal(fmt.decompress(layer.weight_packed, layer.weight_metadata, m, n), torch.cat(pieces))
+    assert torch.equal(fmt.decompress(*canonical(layer), m, n), torch.cat(pieces))
 
 
 def test_a_rank_cannot_split_the_groups_of_a_row_parallel_weight(ranks):
@@ -188,7 +196,7 @@ def test_joined_layers_may_have_members_of_different_patterns(ranks):
         dense.append(weight)
     layer.quant_method.process_weights_after_loading(layer)
     pattern, m, n = layer.sparse_shape
-    found = get_format(pattern).decompress(layer.weight_packed, layer.weight_metadata, m, n)
+    found = get_format(pattern).decompress(*canonical(layer), m, n)
     assert torch.equal(found, torch.cat(dense))
 
 

@@ -110,7 +110,9 @@ def test_env_names_the_backend_and_the_reasons(capsys, monkeypatch):
     code, out, _ = call(capsys, "env", "--json", "-")
     result = json.loads(out)
     assert code == 0 and result["plugin_visible_to_vllm"] and result["packages"]["torch"]
-    assert {row["backend"] for row in result["backends"]} == {"reference"}
+    chosen = {(row["op"] == "packed_linear", row["backend"]) for row in result["backends"]}
+    assert chosen == {(False, "reference"), (True, None)}  # the reference has no layout of its own
+    assert {row["layout"] for row in result["layouts"]} == {None}
     assert all(row["refused"]["native"] == "SPARSE_RT_BACKEND=reference" for row in result["backends"])
     monkeypatch.setenv("SPARSE_RT_BACKEND", "quantum")
     code, _, err = call(capsys, "env")
