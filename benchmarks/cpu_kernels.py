@@ -159,7 +159,7 @@ def sparse_column(weight: Tensor, scores: Tensor, cell: Cell, x: Tensor) -> Colu
     others = [packed.pack(values, metadata, cell.pattern, m, n) for _ in range(copies_for(first.nbytes) - 1)]
 
     def run(x: Tensor, copy: Tensor) -> Tensor:
-        return packed.packed_linear(x, copy, None, cell.pattern, m, n)
+        return packed.packed_linear(x, copy, None, m, n)
 
     return Column([first, *others], first.nbytes, run, reference, canonical, packed.describe(first)["layout"])
 

@@ -1,7 +1,7 @@
 """Weights in the derived layout of a processor: made once at load, for serving; the canonical tensors can then go.
 
     packed = pack(values, metadata, pattern, m, n)       uint8, private to this process
-    y = packed_linear(x, packed, bias, pattern, m, n)    any number of tokens
+    y = packed_linear(x, packed, bias, m, n)             any number of tokens
     values, metadata = unpack(packed, pattern, m, n)     bit for bit what was packed
 
 ``refusal`` says whether there is one here. Training works on the canonical tensors (``ops``).
@@ -16,28 +16,32 @@ from torch import Tensor
 
 from sparse_rt.errors import BackendError
 from sparse_rt.kernels import ops
-from sparse_rt.kernels.backends import FORCE_VARIABLE, Call, explain, select
+from sparse_rt.kernels.backends import FORCE_VARIABLE, Call, explain
 
 _library = torch.library.Library("sparse_rt", "FRAGMENT")
-_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, str pattern, int m, int n) -> Tensor")
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias, int m, int n) -> Tensor")
 # An operator of its own, so that torch.compile need not look into a packed weight to trace the gradient.
-_library.define("packed_linear_t(Tensor dy, Tensor packed, str pattern, int m, int n) -> Tensor")
+_library.define("packed_linear_t(Tensor dy, Tensor packed, int m, int n) -> Tensor")
+# The same product for calls without gradients: those of ``packed_linear`` run Python even where nobody asks for one
+# (no_grad; a token of a model on the CPU has a hundred such calls).
+_library.define("packed_linear_forward(Tensor x, Tensor packed, Tensor? bias, int m, int n) -> Tensor")
+_library.impl("packed_linear_forward", torch.library.fallthrough_kernel, "Autograd")
+
+_differentiable = torch.ops.sparse_rt.packed_linear.default
+_forward = torch.ops.sparse_rt.packed_linear_forward.default
 
 
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
-    """y = x W^T + bias: x [..., n] -> [..., m]; x has the dtype of the packed values. Gradients for x and bias."""
-    if _is_plain(x):
-        return _run(x, packed, bias, pattern, m, n)
-    return torch.ops.sparse_rt.packed_linear(x, packed, bias, pattern, m, n)
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, m: int, n: int) -> Tensor:
+    """y = x W^T + bias: x [..., n] -> [..., m] with fp32 sums. Gradients for x and bias.
 
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether nobody watches this call: no gradient, no trace, no mode.
-
-    Then the function runs without torch's dispatcher, which takes longer than a small product.
+    x and bias have the dtype of the packed values; ``BackendError`` says what does not fit.
     """
-    watched = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
-    return not watched and type(x) is Tensor
+    if torch.compiler.is_compiling():
+        return _differentiable(x, packed, bias, m, n)
+    try:
+        return (_differentiable if torch.is_grad_enabled() else _forward)(x, packed, bias, m, n)
+    except RuntimeError as error:
+        raise BackendError(str(error).partition("\n")[0]) from error
 
 
 def refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str = "cpu") -> str | None:
@@ -75,35 +79,31 @@ def _native():
     return packed
 
 
-def _run(x, packed, bias, pattern, m, n):
-    tokens = x.numel() // max(1, n)
-    return select(Call("packed_linear", pattern, m, n, tokens, x.dtype, x.device.type))(x, packed, bias, pattern, m, n)
-
-
-def _run_t(dy, packed, pattern, m, n):
+def _run_t(dy, packed, m, n):
+    pattern = _native().canonical_pattern(packed)
     return ops.linear_t(dy, *unpack(packed, pattern, m, n), pattern, m, n)
 
 
-_library.impl("packed_linear", _run, "CompositeExplicitAutograd")
 _library.impl("packed_linear_t", _run_t, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("sparse_rt::packed_linear", lib=_library)
-def _(x, packed, bias, pattern, m, n):
+@torch.library.register_fake("sparse_rt::packed_linear_forward", lib=_library)
+def _(x, packed, bias, m, n):
     ops.check_devices("packed_linear", x, packed, bias)
     torch._check(x.shape[-1] == n, lambda: f"packed_linear: x has {x.shape[-1]} columns, the weight {n}")
     return x.new_empty((*x.shape[:-1], m))
 
 
 @torch.library.register_fake("sparse_rt::packed_linear_t", lib=_library)
-def _(dy, packed, pattern, m, n):
+def _(dy, packed, m, n):
     ops.check_devices("packed_linear_t", dy, packed)
     torch._check(dy.shape[-1] == m, lambda: f"packed_linear_t: dy has {dy.shape[-1]} columns, the weight {m} rows")
     return dy.new_empty((*dy.shape[:-1], n))
 
 
 def _setup(ctx, inputs, output):
-    _, packed, bias, *ctx.weight = inputs
+    _, packed, bias, ctx.m, ctx.n = inputs
     ctx.save_for_backward(packed)
     ctx.has_bias = bias is not None
 
@@ -111,19 +111,19 @@ def _setup(ctx, inputs, output):
 def _backward(ctx, dy):
     (packed,) = ctx.saved_tensors
     need_x, _, need_bias, *_ = ctx.needs_input_grad
-    dx = torch.ops.sparse_rt.packed_linear_t(dy, packed, *ctx.weight) if need_x else None
+    dx = torch.ops.sparse_rt.packed_linear_t(dy, packed, ctx.m, ctx.n) if need_x else None
     db = dy.unsqueeze(0).flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
-    return dx, None, db, None, None, None
+    return dx, None, db, None, None
 
 
 def _setup_t(ctx, inputs, output):
-    _, packed, *ctx.weight = inputs
+    _, packed, ctx.m, ctx.n = inputs
     ctx.save_for_backward(packed)
 
 
 def _backward_t(ctx, grad):
     (packed,) = ctx.saved_tensors
-    return packed_linear(grad, packed, None, *ctx.weight), None, None, None, None
+    return packed_linear(grad, packed, None, ctx.m, ctx.n), None, None, None
 
 
 torch.library.register_autograd("sparse_rt::packed_linear", _backward, setup_context=_setup, lib=_library)

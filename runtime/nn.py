@@ -152,7 +152,7 @@ class SparseLinear(nn.Linear):
 
     def _packed_for(self, x: Tensor) -> Tensor | None:
         """The derived layout for this call, made if need be; None where it runs on values and metadata."""
-        if self.training or x.device.type != "cpu" or x.dtype != self._parameters["weight_values"].dtype:
+        if self.training or not x.is_cpu or x.dtype != self._parameters["weight_values"].dtype:
             return None
         held = self._packed
         if held is not None or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -209,12 +209,12 @@ class SparseLinear(nn.Linear):
         return 1 - self.nnz / (self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        shape = self.pattern, self.out_features, self.in_features
         held = self._packed_for(input)
         if held is not None:
-            return packed.packed_linear(input, held, self.bias, *shape)
+            return packed.packed_linear(input, held, self._parameters["bias"], self.out_features, self.in_features)
         if self._packed is not None and torch.compiler.is_compiling():
             torch.compiler.disable(self.unpack)()  # tracing would see the placeholders
+        shape = self.pattern, self.out_features, self.in_features
         return ops.linear(input, self.weight_values, self.metadata, self.bias, *shape)
 
     def mask(self) -> Tensor:

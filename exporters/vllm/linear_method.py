@@ -106,7 +106,7 @@ class SparseRTLinearMethod(LinearMethodBase):
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> [..., m]: one custom op, so that torch.compile and CUDA graphs see no Python of ours."""
         if layer.is_packed:
-            return torch.ops.sparse_rt.packed_linear(x, layer.weight_packed, bias, *layer.sparse_shape)
+            return torch.ops.sparse_rt.packed_linear.default(x, layer.weight_packed, bias, *layer.sparse_shape[1:])
         return torch.ops.sparse_rt.linear(x, layer.weight_packed, layer.weight_metadata, bias, *layer.sparse_shape)
 
     def tie_weights(self, layer: torch.nn.Module, embed_tokens: torch.nn.Module) -> torch.nn.Module:

@@ -25,7 +25,8 @@ COMPILE_SECONDS = 120
 # A second process waits for the compiler of the first, then compiles itself: the rename makes that safe.
 LOCK_SECONDS = COMPILE_SECONDS + 30
 # No -march: functions name their instruction set and are chosen at run time, so a cache on a shared disk serves all.
-FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-Wall")
+# -fexceptions: an exception of torch may pass through csrc/torch_op.c.
+FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fvisibility=hidden", "-fexceptions", "-Wall")
 REMEDY = "install one that works (Debian, Ubuntu: apt install gcc) or set CC to it"
 
 

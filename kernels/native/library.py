@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sparse_rt.errors import BackendError
+from sparse_rt.kernels.native import torch_op
 from sparse_rt.kernels.native.build import BuildError, build
 
 logger = logging.getLogger(__name__)
@@ -51,6 +52,8 @@ SIGNATURES = {
     "srt_packed_unmake": "i = plll ppp i",
     "srt_packed_workspace": "l = pl",
     "srt_packed_linear": "i = plll pll ppl pi",
+    "srt_torch_register": "i = p",
+    "srt_torch_unregister": "v = ",
     "srt_advise_huge": "v = pl",
     "srt_packed_isa": "s = ",
     "srt_isa": "s = ",
@@ -135,6 +138,7 @@ def _open() -> Library | str:
         return _warn(str(error))
     try:
         library.use_isa(os.environ.get(ISA_VARIABLE, ""))
+        torch_op.register(library.handle)
     except BackendError as error:
         return _warn(str(error))
     logger.info("native kernels: %s, %s, torch %s", library.path, library.isa, torch.__version__)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from sparse_rt.errors import BackendError, FormatError, UserError
 from sparse_rt.formats import get_format
-from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
 from sparse_rt.kernels.native import library
 from sparse_rt.kernels.native.checks import check_weight
@@ -111,38 +110,19 @@ def _read_header(packed: Tensor) -> tuple[dict, bool]:
     return {"layout": LAYOUTS[layout], "dtype": DTYPES[dtype], **sizes}, bool(nibbles)
 
 
+def canonical_pattern(packed: Tensor) -> str:
+    """``2:4``, or ``unstructured`` for every weight with a bitmask, whatever pattern the mask obeys."""
+    return "2:4" if _read_header(packed)[1] else "unstructured"
+
+
 def _can_run(call: Call) -> str | None:
     if call.m * call.n == 0:
         return "the weight is empty"
     return can_run(call)
 
 
-@register_backend("packed_linear", name="native", can_run=_can_run)
-def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
-    """y = x W^T + bias with fp32 sums: x [..., n] -> [..., m] in the dtype of x, which must be that of the values."""
-    if not (packed.is_cpu and (bias is None or bias.is_cpu)):
-        raise UserError("packed_linear: x is on the CPU, and so must the weight and the bias be")
-    if x.shape[-1] != n or (bias is not None and bias.shape != (m,)):
-        given = f"x {tuple(x.shape)}" + ("" if bias is None else f" and a bias {tuple(bias.shape)}")
-        raise UserError(f"packed_linear: a ({m}, {n}) weight takes x [..., {n}] and a bias [{m}], got {given}")
-    packed = _aligned(packed)
-    rows = x if x.dim() == 2 and x.stride(1) == 1 else x.reshape(-1, n).contiguous()
-    tokens = rows.shape[0]
-    y = torch.empty((*x.shape[:-1], m), dtype=x.dtype)
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
-        bias = bias.to(x.dtype).contiguous()
-    handle, pointer = library.load().handle, packed.data_ptr()
-    kind = handle.srt_packed_kind(pointer, packed.numel(), m, n)
-    if kind < 0:
-        raise BackendError(_not_packed(m, n))
-    if DTYPES[kind % 16] != x.dtype:
-        raise UserError(f"packed_linear: x is {x.dtype}, the packed values are {DTYPES[kind % 16]}; they must be equal")
-    work = scratch.buffer("packed_x", (handle.srt_packed_workspace(pointer, tokens) + 64,), torch.uint8)
-    added = None if bias is None else bias.data_ptr()
-    x_part = rows.data_ptr(), rows.stride(0), tokens
-    threads = torch.get_num_threads()
-    handle.srt_packed_linear(pointer, packed.numel(), m, n, *x_part, added, y.data_ptr(), m, work.data_ptr(), threads)
-    return y
+# The product is csrc/torch_op.c, in torch's dispatcher since the library was loaded.
+register_backend("packed_linear", name="native", can_run=_can_run)(lambda *call: torch.ops.sparse_rt.packed_linear(*call))
 
 
 def _aligned(packed: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 rules and gradients of any other, and every weight gets the layout that is said to be best for it."""
 
 import itertools
+import re
 
 import pytest
 import torch
@@ -69,7 +70,7 @@ def test_what_is_kept_counts_even_if_it_is_zero(isa, pattern):
     for layout in layouts(pattern, torch.bfloat16):
         tensor = packed.pack(values, metadata, pattern, m, n, layout)
         assert packed.describe(tensor)["nnz"] == m * n // 2
-        assert not packed.packed_linear(torch.randn(3, n).bfloat16(), tensor, None, pattern, m, n).any()
+        assert not packed.packed_linear(torch.randn(3, n).bfloat16(), tensor, None, m, n).any()
 
 
 def test_the_description_says_what_was_packed(isa):
@@ -125,16 +126,24 @@ def test_what_cannot_be_packed_says_why(monkeypatch):
     assert "SPARSE_RT_BACKEND=reference" in packed.refusal(*w.shape, torch.float32)
 
 
-def test_operands_that_do_not_fit_are_refused(isa):
+@pytest.mark.parametrize("grad", [True, False])
+def test_operands_that_do_not_fit_are_refused(isa, grad):
     w = weight("2:4", 37, 132, None, torch.bfloat16)
     tensor, x = w.pack(), torch.randn(3, 132).bfloat16()
-    with pytest.raises(UserError, match="x is torch.float32, the packed values are torch.bfloat16"):
-        packed.packed_linear(x.float(), tensor, None, *w.shape)
-    for columns in (131, 133, 264):
-        with pytest.raises(UserError, match=rf"takes x \[..., 132\] and a bias \[37\], got x \(3, {columns}\)"):
-            packed.packed_linear(torch.randn(3, columns).bfloat16(), tensor, None, *w.shape)
-    with pytest.raises(UserError, match=r"a bias \(36,\)"):
-        packed.packed_linear(x, tensor, torch.zeros(36).bfloat16(), *w.shape)
+    bias = torch.zeros(37).bfloat16()
+
+    def refused(sentence, x, tensor, bias=None):
+        with torch.set_grad_enabled(grad), pytest.raises(BackendError, match=f"^packed_linear: {sentence}$"):
+            packed.packed_linear(x, tensor, bias, 37, 132)
+
+    takes = r"a \(37, 132\) weight takes x \[..., 132\] and a bias \[37\], got"
+    refused("x is torch.float32, the packed values are torch.bfloat16; they must be equal", x.float(), tensor)
+    refused("x is of another dtype, the packed values are torch.bfloat16; they must be equal", x.double(), tensor)
+    for shape in ((3, 131), (3, 133), (2, 3, 264), (0,), (1,) * 65):
+        refused(f"{takes} x {re.escape(str(shape))[:150]}.*", torch.randn(shape).bfloat16(), tensor)
+    refused(rf"{takes} x \(\)", torch.tensor(1.0).bfloat16(), tensor)
+    refused(rf"{takes} x \(3, 132\) and a bias \(36,\)", x, tensor, bias[:36])
+    refused(rf"{takes} x \(3, 132\) and a bias \(37, 1\)", x, tensor, bias.view(37, 1))
 
 
 @pytest.mark.parametrize("wrong", ["random", "short", "cut off", "words", "strided", "another shape", "meta", "matrix"])
@@ -155,7 +164,7 @@ def test_a_tensor_that_is_no_packed_weight_is_refused(isa, wrong):
         packed.unpack(other, *w.shape)
     if wrong not in ("meta", "matrix"):  # on the meta device the shape rule answers
         with pytest.raises(BackendError, match="not a packed"):
-            packed.packed_linear(torch.randn(3, 132).bfloat16(), other, None, *w.shape)
+            packed.packed_linear(torch.randn(3, 132).bfloat16(), other, None, *w.shape[1:])
 
 
 def test_a_layout_of_another_instruction_set_is_refused(use_isa):
@@ -167,10 +176,10 @@ def test_a_layout_of_another_instruction_set_is_refused(use_isa):
         use_isa(isa)
         for layout in ("pairs", "slots"):
             with pytest.raises(BackendError, match="made for an instruction set that is switched off"):
-                packed.packed_linear(expected, tensors[layout], None, *w.shape)
+                packed.packed_linear(expected, tensors[layout], None, *w.shape[1:])
             with pytest.raises(BackendError, match="made for an instruction set that is switched off"):
                 packed.unpack(tensors[layout], *w.shape)
-        y = packed.packed_linear(expected, tensors["bitmask"], None, *w.shape)  # every instruction set has this one
+        y = packed.packed_linear(expected, tensors["bitmask"], None, *w.shape[1:])  # every instruction set has this one
         assert_close(y, expected.double() @ w.dense.T, isa)
 
 
@@ -225,10 +234,10 @@ def test_without_bf16_instructions_there_is_one_layout(use_isa, isa):
 def test_the_operator_obeys_the_rules_of_torch(isa, pattern):
     w = weight(pattern, 7, 12, 0.75, torch.float32)
     x, bias = torch.randn(2, 3, 12, requires_grad=True), torch.randn(7, requires_grad=True)
-    torch.library.opcheck(torch.ops.sparse_rt.packed_linear, (x, w.pack(), bias, *w.shape))
-    torch.library.opcheck(torch.ops.sparse_rt.packed_linear, (x.detach(), w.pack(), None, *w.shape))
+    torch.library.opcheck(torch.ops.sparse_rt.packed_linear, (x, w.pack(), bias, *w.shape[1:]))
+    torch.library.opcheck(torch.ops.sparse_rt.packed_linear, (x.detach(), w.pack(), None, *w.shape[1:]))
     dy = torch.randn(2, 3, 7, requires_grad=True)
-    torch.library.opcheck(torch.ops.sparse_rt.packed_linear_t, (dy, w.pack(), *w.shape))
+    torch.library.opcheck(torch.ops.sparse_rt.packed_linear_t, (dy, w.pack(), *w.shape[1:]))
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
@@ -238,7 +247,7 @@ def test_gradients_in_float32(pattern):
     x, bias = torch.randn(2, 3, 12, requires_grad=True), torch.randn(7, requires_grad=True)
 
     def function(x, bias):
-        return packed.packed_linear(x, tensor, bias, *w.shape)
+        return packed.packed_linear(x, tensor, bias, *w.shape[1:])
 
     # the function is linear: a large step loses nothing, and what float32 rounds stays far below the tolerance
     assert torch.autograd.gradcheck(function, (x, bias), eps=0.5, atol=1e-4, rtol=1e-4)
@@ -253,7 +262,7 @@ def test_gradients_equal_float64(pattern, sparsity, dtype):
     for shape in ((9, 132), (2, 5, 132), (132,)):
         x = torch.randn(shape).to(dtype).requires_grad_()
         dy = torch.randn(*shape[:-1], 65).to(dtype)
-        dx, db = torch.autograd.grad(packed.packed_linear(x, tensor, bias, *w.shape), (x, bias), dy)
+        dx, db = torch.autograd.grad(packed.packed_linear(x, tensor, bias, *w.shape[1:]), (x, bias), dy)
         assert_close(dx, dy.double() @ w.dense)
         assert_close(db, dy.double().reshape(-1, 65).sum(0))
 
@@ -262,7 +271,7 @@ def test_no_gradient_is_made_that_nobody_asked_for(monkeypatch):
     w = weight("unstructured", 65, 132, 0.5, torch.float32)
     x, bias = torch.randn(3, 132), torch.randn(65, requires_grad=True)
     monkeypatch.setattr(packed, "unpack", lambda *_: pytest.fail("only dx needs the weight back"))
-    packed.packed_linear(x, w.pack(), bias, *w.shape).sum().backward()
+    packed.packed_linear(x, w.pack(), bias, *w.shape[1:]).sum().backward()
     assert torch.equal(bias.grad, torch.full((65,), 3.0))
 
 
@@ -347,9 +356,9 @@ def test_a_placeholder_is_never_multiplied_with():
             torch.ops.sparse_rt.linear(x, values, metadata, b, *w.shape)
     for tensor, b in ((w.pack().to("meta"), bias), (w.pack(), bias.to("meta"))):
         with pytest.raises(RuntimeError, match="packed_linear: the operands are on cpu and meta"):
-            packed.packed_linear(x, tensor, b, *w.shape)
-        with torch.no_grad(), pytest.raises(UserError, match="x is on the CPU, and so must the weight and the bias be"):
-            packed.packed_linear(x, tensor, b, *w.shape)
+            packed.packed_linear(x, tensor, b, *w.shape[1:])
+        with torch.no_grad(), pytest.raises(BackendError, match="the operands are on cpu and meta"):
+            packed.packed_linear(x, tensor, b, *w.shape[1:])
 
 
 def test_the_choice_of_a_backend_explains_itself():

@@ -35,8 +35,8 @@ def test_what_lies_around_the_operands_does_not_matter(isa, pattern, dtype):
         for layout in layouts(pattern, dtype):
             clean, poisoned = w.pack(layout), packed.pack(values, with_padding(w), *w.shape, layout)
             for tokens in (1, 4, 25):
-                y = packed.packed_linear(inside_nan(x[:tokens]), poisoned, inside_nan(bias), *w.shape)
-                assert torch.equal(y, packed.packed_linear(x[:tokens], clean, bias, *w.shape)), (layout, n, tokens)
+                y = packed.packed_linear(inside_nan(x[:tokens]), poisoned, inside_nan(bias), *w.shape[1:])
+                assert torch.equal(y, packed.packed_linear(x[:tokens], clean, bias, *w.shape[1:])), (layout, n, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,7 +40,7 @@ def test_the_number_of_threads_changes_no_bit(isa, threads, dtype):
             tensor = w.pack(layout)
             values, metadata = packed.unpack(tensor, *w.shape)
             assert torch.equal(values, w.values) and torch.equal(metadata, w.metadata), (layout, count)
-            found.append([packed.packed_linear(x[:t], tensor, None, *w.shape) for t in (1, 4, 17, 64, 300)])
+            found.append([packed.packed_linear(x[:t], tensor, None, *w.shape[1:]) for t in (1, 4, 17, 64, 300)])
         for other in found[1:]:
             assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True)), layout
 
@@ -51,11 +51,11 @@ def test_two_threads_of_python_share_a_weight(isa, threads, dtype):
     for w, layout in tensors(dtype):
         tensor, wrong = w.pack(layout), []
         xs = [torch.randn(tokens, 516).to(dtype) for tokens in (1, 40)]
-        expected = [packed.packed_linear(x, tensor, None, *w.shape) for x in xs]
+        expected = [packed.packed_linear(x, tensor, None, *w.shape[1:]) for x in xs]
 
         def repeat(index, tensor=tensor, w=w, xs=xs, expected=expected, wrong=wrong):
             for _ in range(10):
-                if not torch.equal(packed.packed_linear(xs[index], tensor, None, *w.shape), expected[index]):
+                if not torch.equal(packed.packed_linear(xs[index], tensor, None, *w.shape[1:]), expected[index]):
                     wrong.append(index)
 
         workers = [threading.Thread(target=repeat, args=(index,)) for index in range(2)]
@@ -74,10 +74,10 @@ def test_a_token_does_not_depend_on_its_batch(isa, dtype):
         x = torch.randn(130, 516).to(dtype)
         for layout in layouts(pattern, dtype):
             tensor = w.pack(layout)
-            together = packed.packed_linear(x, tensor, None, *w.shape)
+            together = packed.packed_linear(x, tensor, None, *w.shape[1:])
             first = 3 if (isa, layout, dtype) == ("avx512_bf16", "bitmask", torch.bfloat16) else 1
             for tokens in (1, 2, 3, 4, 5, 7, 12, 13, 24, 25, 64, 100):
-                alone = packed.packed_linear(x[:tokens], tensor, None, *w.shape)
+                alone = packed.packed_linear(x[:tokens], tensor, None, *w.shape[1:])
                 if tokens >= first:
                     assert torch.equal(alone, together[:tokens]), (layout, pattern, tokens)
 
@@ -99,7 +99,7 @@ def test_a_forked_child_multiplies():
 
             def product(weight=weight, tensor=tensor, x=x):
                 again = packed.pack(*weight)  # in the child too
-                ys = [packed.packed_linear(x[:t], w, None, *weight[2:]) for w in (tensor, again) for t in (1, 40)]
+                ys = [packed.packed_linear(x[:t], w, None, *weight[3:]) for w in (tensor, again) for t in (1, 40)]
                 return b"".join(y.view(torch.uint8).numpy().tobytes() for y in ys)
 
             expected, name = product(), f"{packed.describe(tensor)['layout']} {dtype}"
