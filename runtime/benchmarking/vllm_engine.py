@@ -23,8 +23,7 @@ from sparse_rt.progress import Progress
 NAME = "vllm"
 PHASES = ("load", "memory", "prefill", "decode")
 BIND, CACHE_SPACE = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"
-# Left alone, vLLM keeps one core free for its scheduler: harmless on a server, half of a machine with two cores.
-FEW_CORES = 8
+MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # A sample repeats generations shorter than this: the scheduler's jitter is a few milliseconds a call.
 SAMPLE_SECONDS = 1.0
 MAX_CALLS = 5
@@ -61,20 +60,20 @@ def dense_linear(platform: str) -> str:
 
 
 def threading() -> dict[str, str]:
-    """The environment of both engines: what the user set, otherwise as many threads as torch has here.
+    """The environment of both engines: what the user set, otherwise as many threads as torch has here, not bound.
 
-    With one thread the engine runs inside its process: nothing is bound, and busy neighbours do no more harm than to
-    torch. With several they are bound, as vLLM does; a neighbour on one of the cores then stalls every step.
+    The engine runs inside its process: with processes of their own (VLLM_ENABLE_V1_MULTIPROCESSING=1, what a server has)
+    the scheduler and the polling of vLLM take their time from the same few cores, the same milliseconds from both models.
+    Bound threads would stall whenever a neighbour has one of their cores.
     """
-    environment = {name: os.environ[name] for name in (BIND, CACHE_SPACE) if name in os.environ}
-    environment.setdefault(CACHE_SPACE, "1")
-    threads = torch.get_num_threads()
-    if threads == 1:
-        return {**environment, "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    if 0 < len(cores) <= FEW_CORES:
-        environment.setdefault(BIND, ",".join(map(str, cores[:threads])))
-    return {BIND: "auto", **environment, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    default = {
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        BIND: "nobind",
+        CACHE_SPACE: "1",
+        MULTIPROCESSING: "0",
+    }
+    chosen = {name: os.environ[name] for name in (BIND, CACHE_SPACE, MULTIPROCESSING) if name in os.environ}
+    return {**default, **chosen}
 
 
 def start_rows(engines: dict[str, KeptEngine], phases: list[str]) -> list[Row]:
