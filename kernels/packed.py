@@ -63,6 +63,12 @@ def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor
     return _native().unpack(packed, pattern, m, n)
 
 
+def page_out(*canonical: Tensor) -> None:
+    """Say that these tensors have been packed and will hardly be read again: pages of a mapped file leave memory."""
+    for tensor in canonical:
+        _native().pages.page_out(tensor)
+
+
 def describe(packed: Tensor) -> dict:
     """Layout, dtype, m, n, nnz and nbytes."""
     return _native().describe(packed)

@@ -134,7 +134,9 @@ class SparseLinear(nn.Linear):
             if reason is not None:
                 raise UserError(f"this {self.pattern} layer cannot be packed: {reason}")
             shape = self.pattern, self.out_features, self.in_features
-            self._packed = packed.pack(*map(self._parameters.get, self.format.tensor_names), *shape)
+            canonical = [self._parameters[name].data for name in self.format.tensor_names]
+            self._packed = packed.pack(*canonical, *shape)
+            packed.page_out(*canonical)
             for name in self.format.tensor_names:  # what remains says shape and dtype, to whoever counts parameters
                 empty = self._parameters[name].to("meta")
                 self._parameters[name] = nn.Parameter(empty, requires_grad=False)

@@ -55,6 +55,7 @@ SIGNATURES = {
     "srt_torch_register": "i = p",
     "srt_torch_unregister": "v = ",
     "srt_advise_huge": "v = pl",
+    "srt_page_out": "v = pl",
     "srt_packed_isa": "s = ",
     "srt_isa": "s = ",
     "srt_packed_use_isa": "i = s",

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_rt.errors import BackendError, FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.kernels.backends import Call, register_backend
-from sparse_rt.kernels.native import library
+from sparse_rt.kernels.native import library, pages
 from sparse_rt.kernels.native.checks import check_weight
 from sparse_rt.kernels.native.ops import can_run
 
@@ -24,7 +24,6 @@ PANEL = 16
 # From this sparsity on `slots` is faster than `bitmask` from 4 tokens on and level with it at one (Zen 4, one core,
 # 11008 x 4096 bf16, own dense = 1: at 70 % and 1 token 2.0 against 1.9-2.1, at 16 tokens 1.1 against 0.9).
 SLOTS_FROM = 0.68
-HUGE_PAGE = 2 << 20
 _HEADER = struct.Struct("8sii4q40xq")  # magic to bytes, and nibbles, of srt_packed in csrc/packed.h
 
 
@@ -67,7 +66,7 @@ def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout:
     if kept != values.numel():
         marked = f"the metadata of a {pattern} weight ({m}, {n}) marks {kept} kept weights"
         raise FormatError(f"{marked}, there are {values.numel()} values")
-    packed = _huge_pages(handle.srt_packed_bytes(header.data_ptr()))
+    packed = pages.empty(handle.srt_packed_bytes(header.data_ptr()))
     pointers = values.data_ptr(), metadata.data_ptr(), nibbles, *plan, packed.data_ptr()
     handle.srt_packed_make(*pointers, threads)
     return packed
@@ -122,7 +121,9 @@ def _can_run(call: Call) -> str | None:
 
 
 # The product is csrc/torch_op.c, in torch's dispatcher since the library was loaded.
-register_backend("packed_linear", name="native", can_run=_can_run)(lambda *call: torch.ops.sparse_rt.packed_linear(*call))
+register_backend("packed_linear", name="native", can_run=_can_run)(
+    lambda *call: torch.ops.sparse_rt.packed_linear(*call)
+)
 
 
 def _aligned(packed: Tensor) -> Tensor:
@@ -132,15 +133,3 @@ def _aligned(packed: Tensor) -> Tensor:
 
 def _not_packed(m: int, n: int) -> str:
     return f"this is not a packed ({m}, {n}) weight, or it was made for an instruction set that is switched off now"
-
-
-def _huge_pages(nbytes: int) -> Tensor:
-    """uint8 [nbytes], on 2 MB pages as far as whole ones fit; the address space around it is never touched."""
-    with torch.inference_mode(False):
-        if nbytes < HUGE_PAGE:
-            return torch.empty(nbytes, dtype=torch.uint8)
-        room = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
-    start = -room.data_ptr() % HUGE_PAGE
-    packed = room[start : start + nbytes]
-    library.load().handle.srt_advise_huge(packed.data_ptr(), nbytes)
-    return packed

@@ -62,9 +62,9 @@ def dense_linear(platform: str) -> str:
 def threading() -> dict[str, str]:
     """The environment of both engines: what the user set, otherwise as many threads as torch has here, not bound.
 
-    The engine runs inside its process: with processes of their own (VLLM_ENABLE_V1_MULTIPROCESSING=1, what a server has)
-    the scheduler and the polling of vLLM take their time from the same few cores, the same milliseconds from both models.
-    Bound threads would stall whenever a neighbour has one of their cores.
+    The engine runs inside its process: with several (VLLM_ENABLE_V1_MULTIPROCESSING=1, what a server has) the scheduler
+    and the polling of vLLM take their time from the same few cores, the same milliseconds from both models. Bound
+    threads would stall whenever a neighbour has one of their cores.
     """
     default = {
         "OMP_NUM_THREADS": str(torch.get_num_threads()),

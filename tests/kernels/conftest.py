@@ -4,6 +4,7 @@ import ctypes
 import mmap
 
 import pytest
+import torch
 
 from sparse_rt.errors import BackendError
 from sparse_rt.kernels.native import library
@@ -19,6 +20,14 @@ def isa(request):
         pytest.skip(str(error))
     yield request.param
     handle.use_isa("")
+
+
+@pytest.fixture
+def threads():
+    """``torch.set_num_threads``, undone after the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

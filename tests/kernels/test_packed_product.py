@@ -23,13 +23,6 @@ CASES = (
 )
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def shapes(pattern):
     group = 1 if pattern == "unstructured" else int(pattern.partition(":")[2])
     rounded = ((m, max(group, n // group * group)) for m, n in SHAPES)

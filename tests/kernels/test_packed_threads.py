@@ -17,13 +17,6 @@ from sparse_rt.kernels.native.packed import DTYPES
 CASES = (("2:4", None), ("unstructured", 0.5), ("unstructured", 0.9))
 
 
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def tensors(dtype):
     for pattern, sparsity in CASES:
         w = weight(pattern, 200, 516, sparsity, dtype)

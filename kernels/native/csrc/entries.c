@@ -6,10 +6,9 @@
  */
 #include <sched.h>
 
+#include "export.h"
 #include "parallel.h"
 #include "rows.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* Several chunks of rows a thread, taken on demand: a core that is busy elsewhere holds up an eighth of its share. The
  * metadata of a chunk is read twice (counted, then used), so it should stay in the second-level cache meanwhile. */

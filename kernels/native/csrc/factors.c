@@ -6,6 +6,8 @@
  * a and b are in grad.c.
  */
 #include "factors.h"
+
+#include "export.h"
 #include "parallel.h"
 #include "starts.h"
 
@@ -48,7 +50,7 @@ static void run_rows(void *context, int64_t chunk)
 /* out = values (base + scale b a), see above. values and out: `kept` of type `number` and `out_number`; a [groups, n],
  * b [m] float32; starts: room for m + 1. Returns how many values the metadata marks, and does nothing else where that
  * is not `kept`; -1 for arguments that make no sense and on processors without a kernel. */
-__attribute__((visibility("default"))) int64_t
+EXPORT int64_t
 srt_factors_apply(const void *values, int number, int64_t kept, const uint8_t *meta, int nibbles, int64_t m, int64_t n,
                   const float *a, const float *b, float scale, int64_t groups, float base, void *out, int out_number,
                   int64_t *starts, int threads)

@@ -1,9 +1,8 @@
 /* values_grad and the gradients of factors: packs dY and X, hands blocks of rows to the tile kernels. See grad.h. */
 #include "grad.h"
+#include "export.h"
 #include "parallel.h"
 #include "starts.h"
-
-#define EXPORT __attribute__((visibility("default")))
 
 /* Columns of x packed together: a token gives a few cache lines at a time. */
 enum { PACK_COLUMNS = 512 };

@@ -83,17 +83,8 @@ TARGET static void block(const srt_grad_block *b, tile_kernel *kernel)
     finish_db(b, db);
 }
 
-TARGET static void pack_pairs(const char *from, int number, int64_t tokens, int64_t columns, int64_t width,
-                              int64_t first, int64_t last, uint32_t *to)
-{
-    pack(from, number, tokens, columns, width, first, last, to, 1);
-}
-
-TARGET static void pack_floats(const char *from, int number, int64_t tokens, int64_t columns, int64_t width,
-                               int64_t first, int64_t last, uint32_t *to)
-{
-    pack(from, number, tokens, columns, width, first, last, to, 0);
-}
+DEFINE_PACKER(pack_pairs, pack, 1)
+DEFINE_PACKER(pack_floats, pack, 0)
 
 static void block_pairs(const srt_grad_block *b) { block(b, pair_tile); }
 static void block_floats(const srt_grad_block *b) { block(b, float_tile); }

@@ -17,6 +17,14 @@
 #define PAIR_PRODUCT(sum, one, other) _mm512_dpbf16_ps(sum, (__m512bh)(one), (__m512bh)(other))
 #define FLOAT_PRODUCT(sum, one, other) _mm512_fmadd_ps(_mm512_castsi512_ps(one), _mm512_castsi512_ps(other), sum)
 
+/* srt_grad.pack, from an inlined function that is also told whether a step is a pair. */
+#define DEFINE_PACKER(NAME, PACK, PAIRS)                                                                               \
+    TARGET static void NAME(const char *from, int number, int64_t tokens, int64_t columns, int64_t width,              \
+                            int64_t first, int64_t last, uint32_t *to)                                                 \
+    {                                                                                                                  \
+        PACK(from, number, tokens, columns, width, first, last, to, PAIRS);                                            \
+    }
+
 INLINE __m512i load_words(const char *from, __mmask16 lanes)
 {
     return _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, from));

@@ -181,17 +181,8 @@ TARGET static void block(const srt_grad_block *b, dots_kernel *const kernels[4])
     finish_db(b, db);
 }
 
-TARGET static void pack_pairs(const char *from, int number, int64_t tokens, int64_t columns, int64_t width,
-                              int64_t first, int64_t last, uint32_t *to)
-{
-    pack(from, number, tokens, columns, width, first, last, to, 1);
-}
-
-TARGET static void pack_floats(const char *from, int number, int64_t tokens, int64_t columns, int64_t width,
-                               int64_t first, int64_t last, uint32_t *to)
-{
-    pack(from, number, tokens, columns, width, first, last, to, 0);
-}
+DEFINE_PACKER(pack_pairs, pack, 1)
+DEFINE_PACKER(pack_floats, pack, 0)
 
 static dots_kernel *const pair_kernels[4] = {pair_dots_1, pair_dots_2, pair_dots_4, pair_dots_8};
 static dots_kernel *const float_kernels[4] = {float_dots_1, float_dots_2, float_dots_4, float_dots_8};

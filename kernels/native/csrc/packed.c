@@ -1,16 +1,12 @@
 /* The C ABI of packed weights: plan, pack, unpack, and the product with any number of tokens. */
-#define _GNU_SOURCE
 #include "packed.h"
 
 #include <string.h>
-#include <sys/mman.h>
 
 #include "packed_make.h"
 #include "parallel.h"
 #include "product.h"
 #include "rows.h"
-
-#define EXPORT SRT_EXPORT
 
 /* ---- instruction set ------------------------------------------------------------------------------------------ */
 
@@ -280,21 +276,4 @@ EXPORT int srt_packed_linear(const void *packed, int64_t bytes, int64_t m, int64
         multiply_group(&p, threads);
     }
     return 0;
-}
-
-/* ---- memory --------------------------------------------------------------------------------------------------- */
-
-/* Asks for 2 MB pages where whole ones fit into [start, start + bytes): a stream of weights crosses a 4 KB page every
- * 150 ns, and where it does the processor's own prefetch stops (Zen 4, 11008 x 4096 dense bf16: 3.4 ms instead of 5.2). The
- * system may refuse; nothing depends on it. Call it before the first write. */
-EXPORT void srt_advise_huge(void *start, int64_t bytes)
-{
-#ifdef MADV_HUGEPAGE
-    uintptr_t huge = (uintptr_t)2 << 20, from = ((uintptr_t)start + huge - 1) / huge * huge;
-    uintptr_t to = ((uintptr_t)start + (uintptr_t)bytes) / huge * huge;
-    if (to > from)
-        madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
 }

@@ -3,10 +3,12 @@
 
 #include <pthread.h>
 
+#include "export.h"
+
 static int forked;
 
 /* 1 where the compiler gave us OpenMP, otherwise every call runs on one thread. */
-__attribute__((visibility("default"))) int srt_has_threads(void)
+EXPORT int srt_has_threads(void)
 {
 #ifdef _OPENMP
     return 1;

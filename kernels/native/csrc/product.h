@@ -4,11 +4,11 @@
 
 #include <stdint.h>
 
-#define SRT_EXPORT __attribute__((visibility("default")))
+#include "export.h"
 
-SRT_EXPORT int srt_packed_kind(const void *packed, int64_t bytes, int64_t m, int64_t n);
-SRT_EXPORT int64_t srt_packed_workspace(const void *packed, int64_t tokens);
-SRT_EXPORT int srt_packed_linear(const void *packed, int64_t bytes, int64_t m, int64_t n, const void *x, int64_t ldx,
+EXPORT int srt_packed_kind(const void *packed, int64_t bytes, int64_t m, int64_t n);
+EXPORT int64_t srt_packed_workspace(const void *packed, int64_t tokens);
+EXPORT int srt_packed_linear(const void *packed, int64_t bytes, int64_t m, int64_t n, const void *x, int64_t ldx,
                       int64_t tokens, const void *bias, void *y, int64_t ldy, void *workspace, int threads);
 
 #endif

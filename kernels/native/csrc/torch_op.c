@@ -292,7 +292,7 @@ static void packed_linear(value *stack, uint64_t inputs, uint64_t outputs)
 static void *registered;
 
 /* Puts the kernel under both operators; `functions` are as many addresses as the table above has. 0, or -1. */
-SRT_EXPORT int srt_torch_register(void *const *functions)
+EXPORT int srt_torch_register(void *const *functions)
 {
     if (registered || pthread_key_create(&at_thread_exit, free_buffer) != 0)
         return -1;
@@ -307,7 +307,7 @@ SRT_EXPORT int srt_torch_register(void *const *functions)
 }
 
 /* Takes it away again. */
-SRT_EXPORT void srt_torch_unregister(void)
+EXPORT void srt_torch_unregister(void)
 {
     if (registered)
         torch.library_delete(registered);

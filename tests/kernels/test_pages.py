@@ -1,0 +1,50 @@
+"""Pages of a checkpoint that a packed weight replaces leave memory, and nothing is lost."""
+
+import torch
+
+from sparse_rt.benchmarking.processes import status_bytes
+from sparse_rt.kernels import packed
+from sparse_rt.kernels.native import pages
+from sparse_rt.nn import SparseLinear
+
+NBYTES = 32 << 20
+
+
+def mapped(path, nbytes=NBYTES):
+    """int16 in a mapped file, all of it read once, with the sum of its elements."""
+    path.write_bytes(bytes(range(256)) * (nbytes // 256))
+    tensor = torch.from_file(str(path), shared=False, size=nbytes // 2, dtype=torch.int16)
+    return tensor, tensor.sum()
+
+
+def test_pages_of_a_file_leave_memory_and_come_back(tmp_path):
+    tensor, total = mapped(tmp_path / "weights")
+    tensor[5] += 1  # a page of this process alone, which no file has
+    before = status_bytes("RssFile")
+    pages.page_out(tensor[3:-3])
+    assert before - status_bytes("RssFile") > NBYTES // 2
+    assert tensor.sum() == total + 1
+
+
+def test_other_memory_stays_as_it_is(tmp_path):
+    tensor = torch.ones(NBYTES // 4)
+    before = status_bytes("VmRSS")
+    pages.page_out(tensor)
+    pages.page_out(torch.ones(3))
+    pages.page_out(torch.empty(0))
+    assert status_bytes("VmRSS") > before - NBYTES // 2 and torch.equal(tensor, torch.ones(NBYTES // 4))
+
+
+def test_a_packed_layer_gives_its_part_of_the_file_back(tmp_path):
+    """The whole file stays mapped: another tensor of it lives on, as the embedding of a model does."""
+    m, n = 2048, 4096
+    tensor, _ = mapped(tmp_path / "weights", m * n * 2)
+    values = tensor[: m * n // 2].view(torch.bfloat16).view(m, n // 2)
+    metadata = torch.full((m, n // 8), 0b01000100, dtype=torch.uint8)
+    before = status_bytes("RssFile")
+    layer = SparseLinear(n, m, "2:4", values, metadata, None).eval()
+    layer.pack()
+    del values
+    assert before - status_bytes("RssFile") > 0.4 * m * n * 2
+    assert torch.equal(layer.values.view(torch.int16).flatten(), tensor[: m * n // 2])
+    assert layer.is_packed is False and packed.refusal("2:4", m, n, torch.bfloat16) is None
