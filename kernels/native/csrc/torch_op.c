@@ -14,13 +14,14 @@
 #include <stdlib.h>
 
 #include "packed.h"
+#include "pages.h"
 #include "product.h"
 
 typedef void *tensor; /* AtenTensorHandle */
 typedef uint64_t value; /* StableIValue: an integer, a tensor, or for an optional NULL or the address of a value */
 typedef void kernel(value *stack, uint64_t inputs, uint64_t outputs);
 
-enum { MAX_DIMS = 64, ALIGNMENT = 64 };
+enum { MAX_DIMS = 64, ALIGNMENT = 64, HUGE_PAGE = 2 << 20 };
 
 /* The functions of torch, in the order of NAMES in torch_op.py. */
 static struct {
@@ -66,7 +67,10 @@ static char *buffer_of(int64_t bytes)
     if (bytes > buffer.bytes) {
         free(buffer.start);
         buffer.bytes = 0;
-        buffer.start = aligned_alloc(ALIGNMENT, (size_t)srt_round_up(bytes, ALIGNMENT));
+        int64_t alignment = bytes < HUGE_PAGE ? ALIGNMENT : HUGE_PAGE;
+        buffer.start = aligned_alloc((size_t)alignment, (size_t)srt_round_up(bytes, alignment));
+        if (buffer.start)
+            srt_advise_huge(buffer.start, bytes);
         pthread_setspecific(at_thread_exit, buffer.start);
         if (buffer.start)
             buffer.bytes = bytes;
