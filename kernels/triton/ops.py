@@ -1,0 +1,122 @@
+"""Backend ``triton``: the operations on canonical tensors that lie on a GPU. Importing this does not import Triton.
+
+The dispatch rule is conservative. Few tokens go through the kernel that decodes tiles; many tokens, and every dX, expand
+the weight into scratch and leave the product to the dense GEMM, which then runs at its full speed. Where the border
+lies is measured per GPU (``configs``); nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_rt.formats import get_format, is_pattern
+from sparse_rt.kernels import scratch
+from sparse_rt.kernels.backends import Call, register_backend
+from sparse_rt.kernels.triton import configs
+
+PRIORITY = 20
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Up to here the weight is decoded in the kernel of the product; nothing else reads it in compressed form.
+LINEAR_TOKENS = 64
+# The tensor-core kernels are compiled for Ampere and later.
+CAPABILITY = (8, 0)
+NOT_INSTALLED = "Triton is not installed; pip install triton"
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels, on any device (TRITON_INTERPRET=1 before it is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def can_run(call: Call) -> str | None:
+    """None, or the sentence that says why the Triton kernels do not take this call."""
+    if call.device != "cuda" and not (call.device == "cpu" and interpreted()):
+        return f"the Triton kernels run on CUDA devices, the tensors are on {call.device}"
+    if call.dtype not in DTYPES:
+        dtype = str(call.dtype).removeprefix("torch.")
+        return f"the Triton kernels multiply bfloat16, float16 and float32, not {dtype}"
+    if not is_pattern(call.pattern):
+        return f"unknown pattern {call.pattern!r}"
+    metadata_name = get_format(call.pattern).metadata_name
+    if metadata_name not in ("weight_meta", "weight_bitmask"):
+        return f"the Triton kernels read weight_meta and weight_bitmask, not {metadata_name}"
+    return unavailable_reason()
+
+
+@functools.cache
+def unavailable_reason() -> str | None:
+    """Why no Triton kernel runs in this process, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return NOT_INSTALLED
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "there is no CUDA device"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < CAPABILITY:
+        have, need = (".".join(map(str, version)) for version in (torch.cuda.get_device_capability(), CAPABILITY))
+        return f"the Triton kernels need compute capability {need}, this GPU has {have}"
+    return None
+
+
+@register_backend("linear", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
+    """y = x W^T + bias: x [..., n] -> [..., m] in the dtype of x; values of another dtype are rounded to it first."""
+    from sparse_rt.kernels.triton import linear as kernels
+
+    tokens = x.numel() // max(1, n)
+    if tokens <= configs.dispatch("linear_tokens", LINEAR_TOKENS, x.device):
+        return kernels.linear(x, values, metadata, bias, pattern, m, n)
+    return F.linear(x, _expanded(values, metadata, pattern, m, n, x.dtype), bias)
+
+
+@register_backend("linear_t", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    """dx = dy W: dy [..., m] -> [..., n] in the dtype of dy."""
+    from sparse_rt.kernels.triton import linear as kernels
+
+    tokens = dy.numel() // max(1, m)
+    if tokens <= configs.dispatch("linear_t_tokens", 0, dy.device):
+        return kernels.linear_t(dy, values, metadata, pattern, m, n)
+    return dy @ _expanded(values, metadata, pattern, m, n, dy.dtype)
+
+
+@register_backend("values_grad", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    """dY^T X at the kept positions: shape and dtype of ``values_like``, float32 sums, rounded once."""
+    from sparse_rt.kernels.triton import gradient
+
+    return gradient.values_grad(dy, x, metadata, pattern, m, n, values_like)
+
+
+@register_backend("decompress", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
+    """Dense [m, n] in the dtype of the values."""
+    from sparse_rt.kernels.triton import decompress as kernels
+
+    return kernels.decompress(values, metadata, pattern, m, n)
+
+
+@register_backend("gather", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
+    """The elements of dense [m, n] at the kept positions, in the shape of ``values_like``."""
+    from sparse_rt.kernels.triton import decompress as kernels
+
+    return kernels.gather(dense, metadata, pattern, m, n, values_like)
+
+
+def _expanded(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    from sparse_rt.kernels.triton.decompress import decompress_into
+
+    weight = scratch.buffer("dense", (m, n), dtype, values.device)
+    return decompress_into(weight, values, metadata, pattern)
