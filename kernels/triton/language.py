@@ -18,8 +18,18 @@ import triton.language as tl
 # Whether kernels run in the interpreter. Triton decides when a kernel is decorated, which is when a module is imported.
 INTERPRET: tl.constexpr = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
-BLOCK: tl.constexpr = tl.constexpr(128)  # columns of a tile
-WORDS: tl.constexpr = tl.constexpr(4)  # words of metadata in a row of a tile: 32 bits, or 8 nibbles of 4 columns, each
+
+class _Number(int):
+    """A constant for the interpreter: there ``constexpr + tensor`` would be a constexpr and good for nothing."""
+
+    @property
+    def value(self) -> int:
+        return int(self)
+
+
+_constant = _Number if INTERPRET.value else tl.constexpr
+BLOCK: tl.constexpr = _constant(128)  # columns of a tile; outside of kernels: BLOCK.value
+WORDS: tl.constexpr = _constant(4)  # words of metadata in a row of a tile: 32 bits, or 8 nibbles of 4 columns, each
 
 
 @triton.jit
