@@ -23,6 +23,14 @@ logger = logging.getLogger(__name__)
 OPS = ("linear", "packed_linear", "linear_t", "values_grad", "decompress", "gather")
 FORCE_VARIABLE = "SPARSE_RT_BACKEND"
 
+# Where the backends of the project are registered. Importing them compiles nothing and needs no Triton.
+MODULES = (
+    "sparse_rt.kernels.reference",
+    "sparse_rt.kernels.native.ops",
+    "sparse_rt.kernels.native.packed",
+    "sparse_rt.kernels.triton.ops",
+)
+
 
 @dataclass(frozen=True)
 class Call:
@@ -102,8 +110,8 @@ def _owner(function: Callable) -> str:
 
 @functools.cache
 def load_backends() -> None:
-    """Import the backends of the project and of entry points (once); none of them compiles anything at import."""
-    for module in ("sparse_rt.kernels.reference", "sparse_rt.kernels.native.ops", "sparse_rt.kernels.native.packed"):
+    """Import the backends of the project and of entry points (once)."""
+    for module in MODULES:
         importlib.import_module(module)
     for entry in entry_points(group="sparse_rt.backends"):
         entry.load()

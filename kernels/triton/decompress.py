@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_rt.kernels.triton import configs
-from sparse_rt.kernels.triton.language import BLOCK, load_positions, load_tile
+from sparse_rt.kernels.triton.language import BLOCK, cast, load_positions, load_tile
 from sparse_rt.kernels.triton.tiles import on_device, rows_contiguous, tile_arguments
 
 DEFAULTS = {"decompress": dict(BN=16, num_warps=4, num_stages=1), "gather": dict(BN=16, num_warps=4, num_stages=1)}
@@ -35,7 +35,7 @@ def decompress_kernel(
     )
     columns = block * BLOCK + tl.arange(0, BLOCK)
     out = out_ptr + rows.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(out, weights.to(out_ptr.dtype.element_ty), mask=row_mask[:, None] & (columns < n)[None, :])
+    tl.store(out, cast(weights, out_ptr.dtype.element_ty), mask=row_mask[:, None] & (columns < n)[None, :])
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _spec(kernel: str, function, dtype: str, nibbles: bool, options: dict, shipp
     pointers = ("values_ptr", "out_ptr" if kernel == "decompress" else "dense_ptr")
     numbers = ("m", "n", "meta_stride", *(() if kernel == "decompress" else ("stride_dense",)))
     signature = {"meta_ptr": "*i32", "starts_ptr": "*i32" if nibbles else "*i64", "offsets_ptr": "*i32"}
-    signature |= {name: f"*{dtype}" for name in pointers} | {name: "i32" for name in numbers}
+    signature |= dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(numbers, "i32")
     return configs.Spec(
         name=f"{kernel}[{dtype},{'2:4' if nibbles else 'bitmask'},{options['BN']}w{options['num_warps']}]",
         kernel=function,

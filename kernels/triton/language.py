@@ -46,6 +46,16 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def cast(x, dtype: tl.constexpr):
+    """``x`` rounded to nearest, ties to even. To bfloat16 the interpreter cuts float32 off; it is rounded before."""
+    if INTERPRET and dtype == tl.bfloat16 and x.dtype == tl.float32:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
 def popcount(x):
     """Set bits of every uint32 or int32, as int32; the compiler makes one ``popc`` of it."""
     x = x.to(tl.uint32, bitcast=True)
@@ -121,7 +131,7 @@ def load_tile(
     BN: tl.constexpr,
     NIBBLES: tl.constexpr,
 ):
-    """The weights of a tile in the dtype of the values: [BN, 128]; 0 where nothing is kept and outside of the weight."""
+    """The weights of a tile in the dtype of the values: [BN, 128]; 0 where nothing is kept, and outside."""
     words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
     if NIBBLES:
         return _load_pairs(values_ptr, words, rows, row_mask, block, n, BN)

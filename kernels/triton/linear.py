@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_rt.kernels.triton import configs
-from sparse_rt.kernels.triton.language import BLOCK, dot, load_tile
+from sparse_rt.kernels.triton.language import BLOCK, cast, dot, load_tile
 from sparse_rt.kernels.triton.tiles import on_device, rows_contiguous, tile_arguments
 
 # Rows and tokens of a program. More tokens a program decode a tile fewer times.
@@ -63,11 +63,11 @@ def linear_kernel(
         columns = block * BLOCK + tl.arange(0, BLOCK)
         inside = token_mask[:, None] & (columns < n)[None, :]
         x = tl.load(x_rows[:, None] + columns[None, :], mask=inside, other=0.0)
-        total = dot(weights.to(x.dtype), tl.trans(x), total)
+        total = dot(cast(weights, x.dtype), tl.trans(x), total)
     if HAS_BIAS:
         total += tl.load(bias_ptr + rows, mask=row_mask, other=0.0).to(tl.float32)[:, None]
     y = y_ptr + token.to(tl.int64)[None, :] * m + rows[:, None]
-    tl.store(y, total.to(y_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
+    tl.store(y, cast(total, y_ptr.dtype.element_ty), mask=row_mask[:, None] & token_mask[None, :])
 
 
 @triton.jit
@@ -99,10 +99,10 @@ def linear_t_kernel(
             values_ptr, meta_ptr, starts_ptr, offsets_ptr, rows, row_mask, block, m, n, meta_stride, BN, NIBBLES
         )
         dy = tl.load(dy_rows[:, None] + rows[None, :], mask=token_mask[:, None] & row_mask[None, :], other=0.0)
-        total = dot(dy, weights.to(dy.dtype), total)
+        total = dot(dy, cast(weights, dy.dtype), total)
     columns = block * BLOCK + tl.arange(0, BLOCK)
     dx = dx_ptr + token.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(dx, total.to(dx_ptr.dtype.element_ty), mask=token_mask[:, None] & (columns < n)[None, :])
+    tl.store(dx, cast(total, dx_ptr.dtype.element_ty), mask=token_mask[:, None] & (columns < n)[None, :])
 
 
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
@@ -191,7 +191,7 @@ def _spec(kernel: str, function, dtype: str, nibbles: bool, options: dict, shipp
     # Launches with 2:4 pass the metadata for the index that they do not read.
     starts = "*i32" if nibbles else "*i64"
     signature = {"meta_ptr": "*i32", "starts_ptr": starts, "offsets_ptr": "*i32"}
-    signature |= {name: f"*{dtype}" for name in pointers} | {name: "i32" for name in numbers}
+    signature |= dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(numbers, "i32")
     constexprs = {**configs.constexprs(options), "NIBBLES": nibbles} | ({"HAS_BIAS": True} if forward else {})
     shape = f"{options['BN']}x{options['BT']}w{options['num_warps']}"
     return configs.Spec(

@@ -1,8 +1,8 @@
 """Backend ``triton``: the operations on canonical tensors that lie on a GPU. Importing this does not import Triton.
 
-The dispatch rule is conservative. Few tokens go through the kernel that decodes tiles; many tokens, and every dX, expand
-the weight into scratch and leave the product to the dense GEMM, which then runs at its full speed. Where the border
-lies is measured per GPU (``configs``); nothing here waits for the device.
+The dispatch rule is conservative. Few tokens go through the kernel that decodes tiles; many tokens, and every dX,
+expand the weight into scratch and leave the product to the dense GEMM, which then runs at its full speed. Where the
+border lies is measured per GPU (``configs``); nothing here waits for the device.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ checked when they are loaded (``Format.check_data``).
 from __future__ import annotations
 
 import contextlib
+import math
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -71,7 +72,7 @@ def on_device(tensor: Tensor) -> AbstractContextManager:
 
 def rows_contiguous(tensor: Tensor, columns: int) -> Tensor:
     """[..., columns] -> [rows, columns] with neighbouring columns next to each other; a view where that is one."""
-    flat = tensor.reshape(-1, columns)
+    flat = tensor.reshape(math.prod(tensor.shape[:-1]), columns)  # -1 is ambiguous where nothing is
     return flat if columns == 1 or flat.stride(1) == 1 else flat.contiguous()
 
 

@@ -144,7 +144,7 @@ def test_compiled_layer_equals_eager_without_graph_breaks():
 def test_unknown_forced_backend_lists_the_known_ones(monkeypatch):
     monkeypatch.setenv(backends.FORCE_VARIABLE, "fpga")
     values, metadata, _ = compressed(4, 8, "2:4")
-    with pytest.raises(UserError, match=r"fpga.*known are native, reference"):
+    with pytest.raises(UserError, match=r"fpga.*known are native, reference, triton"):
         ops.decompress(values, metadata, "2:4", 4, 8)
 
 
