@@ -79,11 +79,12 @@ def load_mask(meta_ptr, rows, row_mask, block, n, meta_stride, BN: tl.constexpr,
     """Kept positions of a tile: bool [BN, 128]; False outside of the weight."""
     words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
     if NIBBLES:
-        _, kept = _pair_ranks(words, block, n, BN)
-        return kept & row_mask[:, None]
+        inside = (block * BLOCK + tl.arange(0, BLOCK)) < n
+        _, kept = _pair_ranks(words, BN)
+        return kept & inside[None, :] & row_mask[:, None]
     else:
-        bits = (words[:, :, None] >> tl.arange(0, 32).to(tl.uint32)[None, None, :]) & 1
-        return tl.reshape(bits, (BN, BLOCK)) != 0
+        bits = _nibbles(words, BN)
+        return _interleave(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1, BN) != 0
 
 
 @triton.jit
@@ -105,15 +106,18 @@ def load_positions(
     """
     words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
     if NIBBLES:
-        ranks, kept = _pair_ranks(words, block, n, BN)
+        inside = (block * BLOCK + tl.arange(0, BLOCK)) < n
+        ranks, kept = _pair_ranks(words, BN)
         starts = rows.to(tl.int64) * (n // 2) + block * (BLOCK // 2)
         groups = tl.arange(0, BLOCK) // 4 * 2
-        return starts[:, None] + (groups[None, :] + ranks), kept & row_mask[:, None]
+        return starts[:, None] + (groups[None, :] + ranks), kept & inside[None, :] & row_mask[:, None]
     else:
         starts = _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n)
-        ranks, kept = _bit_ranks(words)
-        positions = starts[:, None] + tl.reshape(ranks, (BN, BLOCK))
-        return positions, tl.reshape(kept.to(tl.int32), (BN, BLOCK)) != 0
+        bits, rank = _bit_ranks(words, BN)
+        bit0, bit1, bit2, bit3 = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
+        rank2 = rank + bit0 + bit1
+        ranks = _interleave(rank, rank + bit0, rank2, rank2 + bit2, BN)
+        return starts[:, None] + ranks, _interleave(bit0, bit1, bit2, bit3, BN) != 0
 
 
 @triton.jit
@@ -137,10 +141,16 @@ def load_tile(
         return _load_pairs(values_ptr, words, rows, row_mask, block, n, BN)
     else:
         starts = _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n)
-        ranks, kept = _bit_ranks(words)
-        # The row's part of the address is 64 bits wide, the part within a tile 32: one instruction less a weight.
-        weights = tl.load((values_ptr + starts)[:, None, None] + ranks, mask=kept, other=0.0)
-        return tl.reshape(weights, (BN, BLOCK))
+        bits, rank = _bit_ranks(words, BN)
+        bit0, bit1, bit2, bit3 = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
+        # Four weights a thread: what is known of their nibble is computed once for them.
+        first = (values_ptr + starts)[:, None] + rank
+        third = first + bit0 + bit1
+        column0 = tl.load(first, mask=bit0 != 0, other=0.0)
+        column1 = tl.load(first + bit0, mask=bit1 != 0, other=0.0)
+        column2 = tl.load(third, mask=bit2 != 0, other=0.0)
+        column3 = tl.load(third + bit2, mask=bit3 != 0, other=0.0)
+        return _interleave(column0, column1, column2, column3, BN)
 
 
 @triton.jit
@@ -152,26 +162,49 @@ def _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n):
 
 
 @triton.jit
-def _bit_ranks(words):
-    """uint32 [BN, 4] -> kept weights before each position, int32 [BN, 4, 32], and whether it is kept."""
-    bit = tl.arange(0, 32).to(tl.uint32)
-    below = (tl.full((32,), 1, tl.uint32) << bit) - 1
-    counts = popcount(words)
-    before = tl.cumsum(counts, axis=1) - counts
-    ranks = before[:, :, None] + popcount(words[:, :, None] & below[None, None, :])
-    return ranks, ((words[:, :, None] >> bit[None, None, :]) & 1) != 0
+def _interleave(column0, column1, column2, column3, BN: tl.constexpr):
+    """[BN, 32] each: columns 4 g, 4 g + 1, ... of the tile -> [BN, 128]."""
+    return tl.reshape(tl.join(tl.join(column0, column2), tl.join(column1, column3)), (BN, BLOCK))
 
 
 @triton.jit
-def _pair_ranks(words, block, n, BN: tl.constexpr):
+def _nibbles(words, BN: tl.constexpr):
+    """uint32 [BN, 4] -> the four bits of every group of four columns: int32 [BN, 32], higher bits undefined."""
+    shift = (tl.arange(0, 8) * 4).to(tl.uint32)
+    return tl.reshape((words[:, :, None] >> shift[None, None, :]).to(tl.int32, bitcast=True), (BN, BLOCK // 4))
+
+
+@triton.jit
+def _bit_ranks(words, BN: tl.constexpr):
+    """uint32 [BN, 4] -> ``_nibbles`` and the number of kept weights of the tile's row before each: int32 [BN, 32]."""
+    shift = (tl.arange(0, 8) * 4).to(tl.uint32)
+    below = (tl.full((8,), 1, tl.uint32) << shift) - 1
+    counts = popcount(words)
+    before = tl.cumsum(counts, axis=1) - counts
+    ranks = before[:, :, None] + popcount(words[:, :, None] & below[None, None, :])
+    return _nibbles(words, BN), tl.reshape(ranks, (BN, BLOCK // 4))
+
+
+@triton.jit
+def _pair_ranks(words, BN: tl.constexpr):
     """2:4, uint32 [BN, 4] -> 0 or 1 (which of its group's two values a position holds) and whether it is kept."""
-    lane = tl.arange(0, 32)
-    nibbles = words[:, :, None] >> (lane // 4 * 4).to(tl.uint32)[None, None, :]
-    column = (lane % 4).to(tl.uint32)[None, None, :]
-    first = tl.reshape(((nibbles & 3) == column).to(tl.int32), (BN, BLOCK))
-    second = tl.reshape((((nibbles >> 2) & 3) == column).to(tl.int32), (BN, BLOCK))
-    inside = (block * BLOCK + tl.arange(0, BLOCK)) < n
-    return second, ((first + second) != 0) & inside[None, :]
+    nibbles = _nibbles(words, BN)
+    first, second = nibbles & 3, (nibbles >> 2) & 3
+    ranks = _interleave(
+        (second == 0).to(tl.int32),
+        (second == 1).to(tl.int32),
+        (second == 2).to(tl.int32),
+        (second == 3).to(tl.int32),
+        BN,
+    )
+    firsts = _interleave(
+        (first == 0).to(tl.int32),
+        (first == 1).to(tl.int32),
+        (first == 2).to(tl.int32),
+        (first == 3).to(tl.int32),
+        BN,
+    )
+    return ranks, (ranks + firsts) != 0
 
 
 @triton.jit
@@ -184,12 +217,11 @@ def _load_pairs(values_ptr, words, rows, row_mask, block, n, BN: tl.constexpr):
     inside = row_mask[:, None] & (index < n // 2)[None, :]
     pairs = tl.load(values_ptr + (rows.to(tl.int64) * (n // 2))[:, None] + index[None, :], mask=inside, other=0.0)
     left, right = tl.split(tl.reshape(pairs, (BN, BLOCK // 4, 2)))
-    shift = (tl.arange(0, 8) * 4).to(tl.uint32)
-    nibbles = tl.reshape(words[:, :, None] >> shift[None, None, :], (BN, BLOCK // 4))
+    nibbles = _nibbles(words, BN)
     first, second = nibbles & 3, (nibbles >> 2) & 3
     zero = tl.zeros_like(left)
     column0 = tl.where(first == 0, left, zero)
     column1 = tl.where(first == 1, left, tl.where(second == 1, right, zero))
     column2 = tl.where(first == 2, left, tl.where(second == 2, right, zero))
     column3 = tl.where(second == 3, right, zero)
-    return tl.reshape(tl.join(tl.join(column0, column2), tl.join(column1, column3)), (BN, BLOCK))
+    return _interleave(column0, column1, column2, column3, BN)
