@@ -29,6 +29,7 @@ MODULES = (
     "sparse_rt.kernels.native.ops",
     "sparse_rt.kernels.native.packed",
     "sparse_rt.kernels.triton.ops",
+    "sparse_rt.kernels.triton.packed",
 )
 
 

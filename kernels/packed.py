@@ -1,4 +1,4 @@
-"""Weights in the derived layout of a processor: made once at load, for serving; the canonical tensors can then go.
+"""Weights in the derived layout of a device: made once at load, for serving; the canonical tensors can then go.
 
     packed = pack(values, metadata, pattern, m, n)       uint8, private to this process
     y = packed_linear(x, packed, bias, m, n)             any number of tokens
@@ -47,7 +47,11 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, m: int, n: int
 def refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str = "cpu") -> str | None:
     """None when such a weight can be packed here, otherwise the reasons."""
     choice = explain(Call("packed_linear", pattern, m, n, 1, dtype, device), os.environ.get(FORCE_VARIABLE) or None)
-    return None if choice.backend else "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+    if choice.backend is None:
+        return "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+    if device == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "a CUDA graph is being captured, and packing waits for the GPU; pack before (sparse_rt.nn.pack_weights)"
+    return None
 
 
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:
@@ -55,42 +59,58 @@ def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout:
     reason = refusal(pattern, m, n, values.dtype, values.device.type)
     if reason is not None:
         raise BackendError(f"a {pattern} weight ({m}, {n}) cannot be packed: {reason}")
-    return _native().pack(values, metadata, pattern, m, n, layout)
+    return _layouts(values.device.type).pack(values, metadata, pattern, m, n, layout)
 
 
 def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor]:
     """(values, metadata) of the canonical format."""
-    return _native().unpack(packed, pattern, m, n)
+    return _layouts(packed.device.type).unpack(packed, pattern, m, n)
 
 
 def page_out(*canonical: Tensor) -> None:
     """Say that these tensors have been packed and will hardly be read again: pages of a mapped file leave memory."""
     for tensor in canonical:
-        _native().pages.page_out(tensor)
+        if tensor.device.type == "cpu":
+            _layouts("cpu").pages.page_out(tensor)
 
 
 def describe(packed: Tensor) -> dict:
     """Layout, dtype, m, n, nnz and nbytes."""
-    return _native().describe(packed)
+    return _layouts(packed.device.type).describe(packed)
 
 
-def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[str, str]:
-    """The layout that ``pack`` gives such a weight on this processor, and the reason in words."""
-    return _native().choose_layout(pattern, dtype, sparsity)
+def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float, device: str = "cpu") -> tuple[str, str]:
+    """The layout that ``pack`` gives such a weight on this processor or GPU, and the reason in words."""
+    return _layouts(device).choose_layout(pattern, dtype, sparsity)
 
 
-def _native():
-    from sparse_rt.kernels.native import packed
-
+def _layouts(device: str):
+    """The module that knows the layouts of a type of device."""
+    if device == "cuda":
+        from sparse_rt.kernels.triton import packed
+    else:
+        from sparse_rt.kernels.native import packed
     return packed
 
 
 def _run_t(dy, packed, m, n):
-    pattern = _native().canonical_pattern(packed)
+    pattern = _layouts("cpu").canonical_pattern(packed)
     return ops.linear_t(dy, *unpack(packed, pattern, m, n), pattern, m, n)
 
 
+def _run_on_gpu(x, packed, bias, m, n):
+    return _layouts("cuda").linear(x, packed, bias, m, n)
+
+
+def _run_t_on_gpu(dy, packed, m, n):
+    return _layouts("cuda").linear_t(dy, packed, m, n)
+
+
+# The product on the CPU is registered from C (kernels/native/torch_op.py).
+_library.impl("packed_linear", _run_on_gpu, "CUDA")
+_library.impl("packed_linear_forward", _run_on_gpu, "CUDA")
 _library.impl("packed_linear_t", _run_t, "CompositeExplicitAutograd")
+_library.impl("packed_linear_t", _run_t_on_gpu, "CUDA")
 
 
 @torch.library.register_fake("sparse_rt::packed_linear", lib=_library)

@@ -1,9 +1,10 @@
 """``SparseLinear``: a linear layer whose weight is values + metadata; no dense copy of it stays.
 
-In inference on a processor with native kernels a layer holds the derived layout of its weight *instead* of values and
-metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode without gradients.
-Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back, bit
-for bit, and the layer is canonical again until the next such call. Several threads may do all this at once.
+In inference on a GPU, or on a processor with native kernels, a layer holds the derived layout of its weight *instead*
+of values and metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode
+without gradients. Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training)
+gets them back, bit for bit, and the layer is canonical again until the next such call. Several threads may do all this
+at once.
 """
 
 from __future__ import annotations
@@ -154,11 +155,14 @@ class SparseLinear(nn.Linear):
 
     def _packed_for(self, x: Tensor) -> Tensor | None:
         """The derived layout for this call, made if need be; None where it runs on values and metadata."""
-        if self.training or not x.is_cpu or x.dtype != self._parameters["weight_values"].dtype:
+        values = self._parameters["weight_values"]
+        if self.training or x.dtype != values.dtype:
             return None
         held = self._packed
         if held is not None or torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return held
+            return held if held is None or held.device == x.device else None
+        if values.device != x.device:
+            return None
         with _exchange:
             if not self.is_packed and self.pack_refusal() is None:
                 self.pack()

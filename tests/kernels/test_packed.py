@@ -111,7 +111,7 @@ def test_what_cannot_be_packed_says_why(monkeypatch):
     assert packed.refusal(*w.shape, torch.float32) is None
     for refusal, reason in (
         (packed.refusal(*w.shape, torch.float64), "not float64"),
-        (packed.refusal(*w.shape, torch.float32, "cuda"), "the tensors are on cuda"),
+        (packed.refusal(*w.shape, torch.float32, "xpu"), "the tensors are on xpu"),
         (packed.refusal("2:4", 0, 4, torch.float32), "the weight is empty"),
         (packed.refusal("spiral", 4, 4, torch.float32), "unknown pattern"),
     ):

@@ -1,0 +1,375 @@
+"""Products with a weight in the layout d4 (``d4_layout``): up to 8 tokens at a time per kept weight, and its expansion.
+
+A thread owns one group of 16 slots at a time. The distances of 8 slots become 8 columns by one multiplication: with
+the pair sums of the nibbles in four bytes, times 0x01010101 is a running sum of bytes.
+
+x of several tokens is read as [n][T], so that one gather brings all tokens of a column. Where x holds an infinity or
+NaN, a result may be NaN through a slot that stores no weight, as in a dense product.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparse_rt.kernels.triton import configs
+from sparse_rt.kernels.triton.d4_layout import ROWS, SLOTS, TOKENS, Sections, anchor_dtype
+from sparse_rt.kernels.triton.language import cast
+from sparse_rt.kernels.triton.tiles import on_device
+
+DEFAULTS = {"d4": dict(UNROLL=1, num_warps=8, num_stages=1), "d4_expand": dict(num_warps=8, num_stages=1)}
+FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+@triton.jit
+def _running_sums(word):
+    """8 nibbles -> their running sums (up to 120), in bytes: to the nibbles 0 2 4 6, and to 1 3 5 7."""
+    even = word & 0x0F0F0F0F
+    odd = (word >> 4) & 0x0F0F0F0F
+    to_odd = (even + odd) * 0x01010101
+    return to_odd - odd, to_odd
+
+
+@triton.jit
+def _unpack_pair(words, dtype: tl.constexpr):
+    """Two values of 2 bytes in a word, as float32. bfloat16 is the upper half of it: one instruction each."""
+    if dtype == tl.bfloat16:
+        return (words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True)
+    else:
+        low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
+        return low.to(dtype, bitcast=True).to(tl.float32), high.to(dtype, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _load_words(words_ptr, stride, piece: tl.constexpr, q, live, GROUPS: tl.constexpr):
+    """The 4 words of 16 bytes of values, each [GROUPS]; ``stride`` words from piece to piece."""
+    place = q[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tile = tl.load(words_ptr + piece * stride + place, mask=live[:, None], other=0)
+    even, odd = tl.split(tl.reshape(tile, (GROUPS, 2, 2)))
+    w0, w2 = tl.split(even)
+    w1, w3 = tl.split(odd)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def _load_half(words_ptr, stride, half: tl.constexpr, q, live, GROUPS: tl.constexpr, dtype: tl.constexpr):
+    """The 8 values of half a group as float32, each [GROUPS]."""
+    if dtype == tl.float32:
+        w0, w1, w2, w3 = _load_words(words_ptr, stride, 2 * half, q, live, GROUPS)
+        w4, w5, w6, w7 = _load_words(words_ptr, stride, 2 * half + 1, q, live, GROUPS)
+        return (
+            w0.to(tl.float32, bitcast=True),
+            w1.to(tl.float32, bitcast=True),
+            w2.to(tl.float32, bitcast=True),
+            w3.to(tl.float32, bitcast=True),
+            w4.to(tl.float32, bitcast=True),
+            w5.to(tl.float32, bitcast=True),
+            w6.to(tl.float32, bitcast=True),
+            w7.to(tl.float32, bitcast=True),
+        )
+    else:
+        w0, w1, w2, w3 = _load_words(words_ptr, stride, half, q, live, GROUPS)
+        v0, v1 = _unpack_pair(w0, dtype)
+        v2, v3 = _unpack_pair(w1, dtype)
+        v4, v5 = _unpack_pair(w2, dtype)
+        v6, v7 = _unpack_pair(w3, dtype)
+        return v0, v1, v2, v3, v4, v5, v6, v7
+
+
+@triton.jit
+def _load_anchors(anchors_ptr, q, live):
+    anchors = tl.load(anchors_ptr + q, mask=live, other=0)
+    if anchors_ptr.dtype.element_ty == tl.int16:
+        return anchors.to(tl.uint16, bitcast=True).to(tl.int32)
+    else:
+        return anchors
+
+
+@triton.jit
+def _add(low, high, x_ptrs, sums, pair: tl.constexpr, value, W: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr):
+    """Sums [GROUPS, W] += value [GROUPS] times x at the column that byte ``pair`` of ``sums`` is ahead of x_ptrs.
+
+    PAIRS: x is words of two tokens, which add to ``low`` and to ``high``; otherwise all add to ``low``.
+    """
+    ahead = ((sums >> (8 * pair)) & 255).to(tl.int32)
+    x = tl.load(x_ptrs + (ahead * W)[:, None])
+    if PAIRS:
+        x0, x1 = _unpack_pair(x, dtype)
+        return low + value[:, None] * x0, high + value[:, None] * x1
+    else:
+        return low + value[:, None] * x.to(tl.float32), high
+
+
+@triton.jit
+def _add_half(
+    low,
+    high,
+    x_ptrs,
+    word,
+    v0,
+    v1,
+    v2,
+    v3,
+    v4,
+    v5,
+    v6,
+    v7,
+    W: tl.constexpr,
+    dtype: tl.constexpr,
+    PAIRS: tl.constexpr,
+):
+    even, odd = _running_sums(word)
+    low, high = _add(low, high, x_ptrs, even, 0, v0, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 0, v1, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 1, v2, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 1, v3, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 2, v4, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 2, v5, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 3, v6, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 3, v7, W, dtype, PAIRS)
+    return low, high, (odd >> 24).to(tl.int32)
+
+
+@triton.jit
+def gemv_kernel(
+    x_ptr,
+    words_ptr,
+    gaps_ptr,
+    anchors_ptr,
+    starts_ptr,
+    rows_ptr,
+    bias_ptr,
+    y_ptr,
+    m,
+    n,
+    groups,
+    tokens,
+    passes,
+    T: tl.constexpr,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    """y [tokens, m] = x W^T + bias for the rows of one block and T tokens.
+
+    x [passes, n, T]; where T > 1 and its elements take 2 bytes it comes as words, [passes, n, T / 2]. The passes over
+    a block follow each other, so that all but the first find it in the cache.
+    """
+    block = tl.program_id(0) // passes
+    first_token = tl.program_id(0) % passes * T
+    PAIRS: tl.constexpr = T > 1 and dtype != tl.float32
+    W: tl.constexpr = T // 2 if PAIRS else T
+    x_ptr += (first_token // T).to(tl.int64) * n * W
+    start = tl.multiple_of(tl.load(starts_ptr + block), ROWS)
+    count = (tl.load(starts_ptr + block + 1) - start).to(tl.int32)
+    stride = tl.multiple_of(groups.to(tl.int64) * 4, ROWS * 4)
+    words_ptr += start * 4
+    gaps_ptr += start
+    anchors_ptr += start
+    lane = tl.arange(0, GROUPS)
+    low = tl.zeros((GROUPS, W), dtype=tl.float32)
+    high = tl.zeros((GROUPS, W), dtype=tl.float32)
+    for done in tl.range(0, count, GROUPS, loop_unroll_factor=UNROLL):
+        q = done + lane
+        live = q < count
+        gaps = tl.load(gaps_ptr + q, mask=live, other=0)
+        anchors = _load_anchors(anchors_ptr, q, live)
+        x_ptrs = x_ptr + (anchors * W)[:, None] + tl.arange(0, W)[None, :]
+        v0, v1, v2, v3, v4, v5, v6, v7 = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
+        w0, w1, w2, w3, w4, w5, w6, w7 = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
+        low, high, ahead = _add_half(
+            low, high, x_ptrs, gaps.to(tl.uint32), v0, v1, v2, v3, v4, v5, v6, v7, W, dtype, PAIRS
+        )
+        x_ptrs += (ahead * W)[:, None]
+        low, high, _ = _add_half(
+            low, high, x_ptrs, (gaps >> 32).to(tl.uint32), w0, w1, w2, w3, w4, w5, w6, w7, W, dtype, PAIRS
+        )
+    # Group k of row r is number k * ROWS + r, and a pass of the loop takes whole multiples of ROWS.
+    sums = tl.sum(tl.reshape(low, (GROUPS // ROWS, ROWS, W)), axis=0)
+    if PAIRS:
+        sums = tl.join(sums, tl.sum(tl.reshape(high, (GROUPS // ROWS, ROWS, W)), axis=0))
+    sums = tl.reshape(sums, (ROWS, T))
+    ranks = block * ROWS + tl.arange(0, ROWS)
+    rows = tl.load(rows_ptr + ranks, mask=ranks < m, other=0)
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + rows, mask=ranks < m, other=0.0).to(tl.float32)[:, None]
+    token = first_token + tl.arange(0, T)
+    y = y_ptr + token.to(tl.int64)[None, :] * m + rows[:, None]
+    tl.store(y, cast(sums, y_ptr.dtype.element_ty), mask=(ranks < m)[:, None] & (token < tokens)[None, :])
+
+
+@triton.jit
+def _store(out_ptrs, sums, pair: tl.constexpr, value):
+    """Fillers are +0.0 and may lie on the column of a kept weight: only what has a bit set is written."""
+    ahead = ((sums >> (8 * pair)) & 255).to(tl.int32)
+    kept = value.to(tl.int32, bitcast=True) != 0
+    tl.store(out_ptrs + ahead, value.to(out_ptrs.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _store_half(out_ptrs, word, v0, v1, v2, v3, v4, v5, v6, v7):
+    even, odd = _running_sums(word)
+    _store(out_ptrs, even, 0, v0)
+    _store(out_ptrs, odd, 0, v1)
+    _store(out_ptrs, even, 1, v2)
+    _store(out_ptrs, odd, 1, v3)
+    _store(out_ptrs, even, 2, v4)
+    _store(out_ptrs, odd, 2, v5)
+    _store(out_ptrs, even, 3, v6)
+    _store(out_ptrs, odd, 3, v7)
+    return (odd >> 24).to(tl.int32)
+
+
+@triton.jit
+def expand_kernel(
+    words_ptr,
+    gaps_ptr,
+    anchors_ptr,
+    starts_ptr,
+    rows_ptr,
+    out_ptr,
+    m,
+    n,
+    groups,
+    dtype: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """Write the kept weights of one block of rows into out [m, n], which is all zeros."""
+    block = tl.program_id(0)
+    start = tl.multiple_of(tl.load(starts_ptr + block), ROWS)
+    count = (tl.load(starts_ptr + block + 1) - start).to(tl.int32)
+    stride = tl.multiple_of(groups.to(tl.int64) * 4, ROWS * 4)
+    words_ptr += start * 4
+    gaps_ptr += start
+    anchors_ptr += start
+    lane = tl.arange(0, GROUPS)
+    ranks = block * ROWS + lane % ROWS
+    rows = tl.load(rows_ptr + ranks, mask=ranks < m, other=0).to(tl.int64)
+    for done in range(0, count, GROUPS):
+        q = done + lane
+        live = q < count
+        gaps = tl.load(gaps_ptr + q, mask=live, other=0)
+        out_ptrs = out_ptr + rows * n + _load_anchors(anchors_ptr, q, live)
+        v0, v1, v2, v3, v4, v5, v6, v7 = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
+        w0, w1, w2, w3, w4, w5, w6, w7 = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
+        out_ptrs += _store_half(out_ptrs, gaps.to(tl.uint32), v0, v1, v2, v3, v4, v5, v6, v7)
+        _store_half(out_ptrs, (gaps >> 32).to(tl.uint32), w0, w1, w2, w3, w4, w5, w6, w7)
+
+
+def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> Tensor:
+    """y = x W^T + bias: x [..., n] -> [..., m], float32 sums; all of one dtype.
+
+    Any number of tokens, ``TOKENS`` at a time: the work grows with every such pass, the traffic of memory does not.
+    """
+    flat = x.detach().reshape(-1, n)
+    tokens = flat.shape[0]
+    y = torch.empty((*x.shape[:-1], m), dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    together = min(TOKENS, triton.next_power_of_2(tokens))
+    passes = triton.cdiv(tokens, together)
+    if together > 1:
+        flat = F.pad(flat, (0, 0, 0, passes * together - tokens)) if tokens % together else flat
+        flat = flat.view(passes, together, n).transpose(1, 2).contiguous().view(-1)
+        flat = flat if x.dtype == torch.float32 else flat.view(torch.int32)
+    options = configs.config("d4", m, n, tokens, x.device, **DEFAULTS["d4"])
+    with on_device(x):
+        gemv_kernel[(weight.blocks * passes,)](
+            flat.contiguous(),
+            weight.values.view(torch.int32),
+            weight.gaps,
+            weight.anchors,
+            weight.starts,
+            weight.rows,
+            y if bias is None else bias.detach().contiguous(),
+            y,
+            m,
+            n,
+            weight.groups,
+            tokens,
+            passes,
+            T=together,
+            dtype=FLOATS[x.dtype],
+            ROWS=ROWS,
+            HAS_BIAS=bias is not None,
+            GROUPS=32 * options["num_warps"],
+            **options,
+        )
+    return y
+
+
+def expand(weight: Sections, m: int, n: int, out: Tensor) -> Tensor:
+    """Fill the contiguous ``out`` [m, n], of the dtype that was packed, with the dense weight."""
+    out.zero_()
+    options = configs.config("d4_expand", m, n, 0, out.device, **DEFAULTS["d4_expand"])
+    with on_device(out):
+        expand_kernel[(weight.blocks,)](
+            weight.values.view(torch.int32),
+            weight.gaps,
+            weight.anchors,
+            weight.starts,
+            weight.rows,
+            out,
+            m,
+            n,
+            weight.groups,
+            dtype=FLOATS[out.dtype],
+            ROWS=ROWS,
+            GROUPS=32 * options["num_warps"],
+            **options,
+        )
+    return out
+
+
+# Dense weights per kept one in the instruction counts of the compile test: 50 % sparsity. Fewer are kept, fewer count.
+COUNTED_AT = 2
+
+
+def compile_specs() -> list[configs.Spec]:
+    """Every number of tokens in bfloat16, every shipped configuration, other dtypes and wide columns once."""
+    default = DEFAULTS["d4"]
+    specs = [_spec("d4", "bf16", tokens, default) for tokens in (1, 2, 4, 8)]
+    specs += [_spec("d4", "fp16", 1, default), _spec("d4", "fp32", 8, default)]
+    specs.append(_spec("d4", "bf16", 1, default, columns=1 << 17))
+    specs += [_spec("d4_expand", dtype, 1, DEFAULTS["d4_expand"]) for dtype in ("bf16", "fp32")]
+    for kernel in DEFAULTS:
+        for options in configs.shipped(kernel):
+            specs += [
+                _spec(kernel, "bf16", tokens, options, shipped=True)
+                for tokens in ((1, 2, 4, 8) if kernel == "d4" else (1,))
+            ]
+    return list({spec.name: spec for spec in specs}.values())
+
+
+def _spec(
+    kernel: str, dtype: str, tokens: int, options: dict, columns: int = 4096, shipped: bool = False
+) -> configs.Spec:
+    anchors = "*i16" if anchor_dtype(columns) == torch.int16 else "*i32"
+    signature = {"words_ptr": "*i32", "gaps_ptr": "*i64", "anchors_ptr": anchors, "starts_ptr": "*i64"}
+    signature |= {"rows_ptr": "*i32", "m": "i32", "n": "i32", "groups": "i32"}
+    floats = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+    sizes = {"dtype": floats[dtype], "ROWS": ROWS, "GROUPS": 32 * options["num_warps"]}
+    if kernel == "d4":
+        signature |= {f"{name}_ptr": f"*{dtype}" for name in ("x", "bias", "y")} | {"tokens": "i32", "passes": "i32"}
+        if tokens > 1 and dtype != "fp32":
+            signature["x_ptr"] = "*i32"
+        sizes |= {"T": tokens, "HAS_BIAS": True}
+    else:
+        signature |= {"out_ptr": f"*{dtype}"}
+    given = ",".join(f"{name.lower()}{value}" for name, value in options.items() if name != "num_stages")
+    return configs.Spec(
+        name=f"{kernel}[{dtype},{f't{tokens},' if kernel == 'd4' else ''}{anchors[1:]},{given}]",
+        kernel=gemv_kernel if kernel == "d4" else expand_kernel,
+        signature=signature,
+        constexprs={**sizes, **configs.constexprs(options)},
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        weights_per_iteration=32 * options["num_warps"] * SLOTS * COUNTED_AT,
+        config=kernel if shipped else "",
+    )
