@@ -104,32 +104,16 @@ def _add(low, high, x_ptrs, sums, pair: tl.constexpr, value, W: tl.constexpr, dt
 
 
 @triton.jit
-def _add_half(
-    low,
-    high,
-    x_ptrs,
-    word,
-    v0,
-    v1,
-    v2,
-    v3,
-    v4,
-    v5,
-    v6,
-    v7,
-    W: tl.constexpr,
-    dtype: tl.constexpr,
-    PAIRS: tl.constexpr,
-):
+def _add_half(low, high, x_ptrs, word, v, W: tl.constexpr, dtype: tl.constexpr, PAIRS: tl.constexpr):
     even, odd = _running_sums(word)
-    low, high = _add(low, high, x_ptrs, even, 0, v0, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, odd, 0, v1, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, even, 1, v2, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, odd, 1, v3, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, even, 2, v4, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, odd, 2, v5, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, even, 3, v6, W, dtype, PAIRS)
-    low, high = _add(low, high, x_ptrs, odd, 3, v7, W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 0, v[0], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 0, v[1], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 1, v[2], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 1, v[3], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 2, v[4], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 2, v[5], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, even, 3, v[6], W, dtype, PAIRS)
+    low, high = _add(low, high, x_ptrs, odd, 3, v[7], W, dtype, PAIRS)
     return low, high, (odd >> 24).to(tl.int32)
 
 
@@ -180,18 +164,34 @@ def gemv_kernel(
         gaps = tl.load(gaps_ptr + q, mask=live, other=0)
         anchors = _load_anchors(anchors_ptr, q, live)
         x_ptrs = x_ptr + (anchors * W)[:, None] + tl.arange(0, W)[None, :]
-        v0, v1, v2, v3, v4, v5, v6, v7 = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
-        w0, w1, w2, w3, w4, w5, w6, w7 = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
-        low, high, ahead = _add_half(
-            low, high, x_ptrs, gaps.to(tl.uint32), v0, v1, v2, v3, v4, v5, v6, v7, W, dtype, PAIRS
-        )
+        first = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
+        second = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
+        low, high, ahead = _add_half(low, high, x_ptrs, gaps.to(tl.uint32), first, W, dtype, PAIRS)
         x_ptrs += (ahead * W)[:, None]
-        low, high, _ = _add_half(
-            low, high, x_ptrs, (gaps >> 32).to(tl.uint32), w0, w1, w2, w3, w4, w5, w6, w7, W, dtype, PAIRS
-        )
-    # Group k of row r is number k * ROWS + r, and a pass of the loop takes whole multiples of ROWS.
+        low, high, _ = _add_half(low, high, x_ptrs, (gaps >> 32).to(tl.uint32), second, W, dtype, PAIRS)
+    _finish(low, high, rows_ptr, bias_ptr, y_ptr, block, first_token, m, tokens, T, W, ROWS, GROUPS, HAS_BIAS)
+
+
+@triton.jit
+def _finish(
+    low,
+    high,
+    rows_ptr,
+    bias_ptr,
+    y_ptr,
+    block,
+    first_token,
+    m,
+    tokens,
+    T: tl.constexpr,
+    W: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Group k of row r is number k * ROWS + r and a round of the loop takes whole multiples of ROWS: sum over k."""
     sums = tl.sum(tl.reshape(low, (GROUPS // ROWS, ROWS, W)), axis=0)
-    if PAIRS:
+    if W < T:
         sums = tl.join(sums, tl.sum(tl.reshape(high, (GROUPS // ROWS, ROWS, W)), axis=0))
     sums = tl.reshape(sums, (ROWS, T))
     ranks = block * ROWS + tl.arange(0, ROWS)
@@ -212,16 +212,16 @@ def _store(out_ptrs, sums, pair: tl.constexpr, value):
 
 
 @triton.jit
-def _store_half(out_ptrs, word, v0, v1, v2, v3, v4, v5, v6, v7):
+def _store_half(out_ptrs, word, v):
     even, odd = _running_sums(word)
-    _store(out_ptrs, even, 0, v0)
-    _store(out_ptrs, odd, 0, v1)
-    _store(out_ptrs, even, 1, v2)
-    _store(out_ptrs, odd, 1, v3)
-    _store(out_ptrs, even, 2, v4)
-    _store(out_ptrs, odd, 2, v5)
-    _store(out_ptrs, even, 3, v6)
-    _store(out_ptrs, odd, 3, v7)
+    _store(out_ptrs, even, 0, v[0])
+    _store(out_ptrs, odd, 0, v[1])
+    _store(out_ptrs, even, 1, v[2])
+    _store(out_ptrs, odd, 1, v[3])
+    _store(out_ptrs, even, 2, v[4])
+    _store(out_ptrs, odd, 2, v[5])
+    _store(out_ptrs, even, 3, v[6])
+    _store(out_ptrs, odd, 3, v[7])
     return (odd >> 24).to(tl.int32)
 
 
@@ -256,10 +256,10 @@ def expand_kernel(
         live = q < count
         gaps = tl.load(gaps_ptr + q, mask=live, other=0)
         out_ptrs = out_ptr + rows * n + _load_anchors(anchors_ptr, q, live)
-        v0, v1, v2, v3, v4, v5, v6, v7 = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
-        w0, w1, w2, w3, w4, w5, w6, w7 = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
-        out_ptrs += _store_half(out_ptrs, gaps.to(tl.uint32), v0, v1, v2, v3, v4, v5, v6, v7)
-        _store_half(out_ptrs, (gaps >> 32).to(tl.uint32), w0, w1, w2, w3, w4, w5, w6, w7)
+        first = _load_half(words_ptr, stride, 0, q, live, GROUPS, dtype)
+        second = _load_half(words_ptr, stride, 1, q, live, GROUPS, dtype)
+        out_ptrs += _store_half(out_ptrs, gaps.to(tl.uint32), first)
+        _store_half(out_ptrs, (gaps >> 32).to(tl.uint32), second)
 
 
 def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> Tensor:
