@@ -154,6 +154,48 @@ def load_tile(
 
 
 @triton.jit
+def store_tile(
+    tile,
+    values_ptr,
+    meta_ptr,
+    starts_ptr,
+    offsets_ptr,
+    rows,
+    row_mask,
+    block,
+    m,
+    n,
+    meta_stride,
+    BN: tl.constexpr,
+    NIBBLES: tl.constexpr,
+):
+    """The inverse of ``load_tile``: write a tile [BN, 128] of the dtype of the values where weights are kept."""
+    words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
+    even, odd = tl.split(tl.reshape(tile, (BN, BLOCK // 4, 2, 2)))
+    column0, column2 = tl.split(even)
+    column1, column3 = tl.split(odd)
+    if NIBBLES:
+        nibbles = _nibbles(words, BN)
+        first, second = nibbles & 3, (nibbles >> 2) & 3
+        left = tl.where(first == 0, column0, tl.where(first == 1, column1, column2))
+        right = tl.where(second == 1, column1, tl.where(second == 2, column2, column3))
+        index = block * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        pairs = values_ptr + (rows.to(tl.int64) * (n // 2))[:, None] + index[None, :]
+        inside = row_mask[:, None] & (index < n // 2)[None, :]
+        tl.store(pairs, tl.reshape(tl.join(left, right), (BN, BLOCK // 2)), mask=inside)
+    else:
+        starts = _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n)
+        bits, rank = _bit_ranks(words, BN)
+        bit0, bit1, bit2, bit3 = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
+        first = (values_ptr + starts)[:, None] + rank
+        third = first + bit0 + bit1
+        tl.store(first, column0, mask=bit0 != 0)
+        tl.store(first + bit0, column1, mask=bit1 != 0)
+        tl.store(third, column2, mask=bit2 != 0)
+        tl.store(third + bit2, column3, mask=bit3 != 0)
+
+
+@triton.jit
 def _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n):
     """int64 [BN]: where the values of a tile's rows start."""
     blocks = (n + BLOCK - 1) // BLOCK
