@@ -153,7 +153,7 @@ def ops_parts(context: Context, pattern: str) -> list[tuple[str, Callable[[Conte
             for cell in cells(pattern, context.dry or dtype != BF16):
                 name = f"{m}x{n} {cell.sparsity:g} {str(dtype).removeprefix('torch.')}"
                 parts.append((name, partial(check_ops, cell=cell, m=m, n=n, dtype=dtype, tokens_list=tokens)))
-    if not context.dry:
+    if not context.dry and pattern in ("2:4", "unstructured"):
         parts.append(("large", partial(check_large, pattern=pattern)))
     return parts
 
@@ -235,10 +235,11 @@ def check_large(context: Context, *, pattern: str) -> None:
         dx64 += dy[:, start:stop].double() @ dense[start:stop].double()
     run = partial(ops.linear_t, dy, values, metadata, *shape)
     product(context, {**named, "check": "linear_t"}, run, lambda: dy @ dense, dx64)
-    grad = torch.cat([(dy[:, a:b].double().t() @ x.double())[dense[a:b] != 0] for a, b in blocks]).view(values.shape)
-    if grad.numel() == values.numel():  # no kept weight was rounded to zero
-        run = partial(ops.values_grad, dy, x, metadata, *shape, values)
-        product(context, {**named, "check": "values_grad"}, run, lambda: grad.to(BF16), grad)
+    start, stop = blocks[-1]
+    kept = fmt.unpack_mask(metadata[start:stop], stop - start, n)
+    grad = (dy[:, start:stop].double().t() @ x.double())[kept]
+    run = lambda: ops.values_grad(dy, x, metadata, *shape, values).flatten()[-grad.numel() :]  # noqa: E731
+    product(context, {**named, "check": "values_grad"}, run, lambda: grad.to(BF16), grad)
 
 
 def packed_parts(context: Context, pattern: str) -> list[tuple[str, Callable[[Context], None]]]:

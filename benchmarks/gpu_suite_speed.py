@@ -9,6 +9,7 @@ values and metadata as they are stored (``kernels.ops``), as training does; ``cs
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,8 +52,8 @@ DENSE = "dense"
 class Sparse:
     """One weight pruned as ``cell`` says, its forms, and what its product is."""
 
-    def __init__(self, weight: Tensor, cell: Cell):
-        self.cell, (self.m, self.n) = cell, weight.shape
+    def __init__(self, weight: Tensor, cell: Cell, dry: bool):
+        self.cell, self.dry, (self.m, self.n) = cell, dry, weight.shape
         mask = random_mask(cell, self.m, self.n, weight.device)
         self.values, self.metadata = get_format(cell.pattern).compress(weight, mask)
         self.dense = weight * mask
@@ -65,24 +66,28 @@ class Sparse:
     def nbytes(self) -> int:
         return self.values.nbytes + self.metadata.nbytes
 
-    def pack(self) -> tuple[Tensor, Row]:
-        """The derived layout, and what it is; it must come back bit for bit."""
+    @functools.cached_property
+    def packed_copies(self) -> tuple[list[Tensor], Row]:
+        """The derived layout in as many copies as no cache holds, and what it is; it must come back bit for bit."""
         made = packed.pack(self.values, self.metadata, *self.shape)
         back = packed.unpack(made, *self.shape)
         if not all(torch.equal(a, b) for a, b in zip((self.values, self.metadata), back, strict=True)):
             raise ValueError("the packed weight does not come back bit for bit")
-        return made, {"layout": packed.describe(made)["layout"], "sparse_bytes": made.nbytes}
+        facts = {"layout": packed.describe(made)["layout"], "sparse_bytes": made.nbytes}
+        return [made, *(made.clone() for _ in range(copies_for(made.nbytes, self.dry) - 1))], facts
 
-    def columns(self, path: str, x: Tensor, dry: bool) -> tuple[Calls, Row]:
+    @functools.cached_property
+    def canonical_copies(self) -> list[tuple[Tensor, Tensor]]:
+        return [(self.values.clone(), self.metadata.clone()) for _ in range(copies_for(self.nbytes, self.dry))]
+
+    def columns(self, path: str, x: Tensor) -> tuple[Calls, Row]:
         """One call per copy of the weight, and facts for the row."""
         if path == "packed":
-            made, facts = self.pack()
-            copies = [made, *(made.clone() for _ in range(copies_for(made.nbytes, dry) - 1))]
+            copies, facts = self.packed_copies
             return [partial(packed.packed_linear, x, copy, None, self.m, self.n) for copy in copies], facts
         if path == "cslt":
             return self.library_columns(x)
-        copies = [(self.values.clone(), self.metadata.clone()) for _ in range(copies_for(self.nbytes, dry))]
-        calls = [partial(ops.linear, x, *copy, None, *self.shape) for copy in copies]
+        calls = [partial(ops.linear, x, *copy, None, *self.shape) for copy in self.canonical_copies]
         return calls, {"layout": "canonical", "sparse_bytes": self.nbytes}
 
     def library_columns(self, x: Tensor) -> tuple[Calls, Row]:
@@ -129,7 +134,7 @@ def products(context: Context, *, kind: str, fields: Row) -> None:
     tokens_list = tokens_of(context, kind)
     inputs = {tokens: torch.randn(tokens, n, device=device).to(torch.bfloat16) for tokens in tokens_list}
     dense = [weight, *(weight.clone() for _ in range(copies_for(weight.nbytes, context.dry) - 1))]
-    weights = {cell: Sparse(weight, cell) for cell in cells}
+    weights = {cell: Sparse(weight, cell, context.dry) for cell in cells}
     for tokens in tokens_list:
         if context.late():
             context.emit({**fields, "tokens": tokens, "kind": "skipped", "reason": "time"})
@@ -161,7 +166,7 @@ def one_number_of_tokens(
             named = {**fields, **cell.fields, "path": path}
 
             def prepare(weight=weight, path=path, named=named, expected=expected, cell=cell):
-                found, layout = weight.columns(path, x, context.dry)
+                found, layout = weight.columns(path, x)
                 poison(x.device, x.shape[0] * weight.m * x.element_size())
                 error = rms(found[0]()[sample], expected)
                 check_error(error, dense_rms, x.dtype)
@@ -203,7 +208,7 @@ def training(context: Context, *, fields: Row) -> None:
                 continue
             if context.late():
                 return context.emit({**fields, "kind": "skipped", "reason": "time"})
-            sparse = Sparse(weight, cell)
+            sparse = Sparse(weight, cell, context.dry)
             for path, make in (("values", ValuesStep), ("spp", FactorsStep)):
                 named = {**fields, **cell.fields, "tokens": tokens, "path": path}
                 context.attempt(named, partial(one_step, context, dense, partial(make, sparse, x, dy)))

@@ -1,7 +1,8 @@
 """Launch configurations of the Triton kernels, and what the compile test must know of a kernel.
 
-A configuration is looked up, never tuned at run time: the first call of a product must not cost seconds. One JSON file
-per GPU (``configs/nvidia_h200.json``) was measured with benchmarks/gpu_suite.py; any other GPU uses ``default.json``:
+A configuration is looked up, never tuned at run time: the first call of a product must not cost seconds. A JSON file
+per GPU (``configs/nvidia_h200.json`` for "NVIDIA H200") holds what was measured with benchmarks/gpu_suite.py, and
+``default.json`` what holds for any other; what neither names is the default beside the kernel:
 
     {"gpu": "NVIDIA H200",
      "kernels": {"linear": [{"tokens": 16, "options": {"BN": 32, "num_warps": 4, "num_stages": 3}},
