@@ -1,4 +1,4 @@
-"""Layout "mma_sp" of a 2:4 weight: every lane's registers of the sparse tensor-core instruction, in the order of reading.
+"""Layout "mma_sp" of a 2:4 weight: the registers of every lane of the sparse tensor-core instruction, in reading order.
 
 The instruction mma.sp.m16n8k32 multiplies 16 rows by 32 columns of a 2:4 weight with 8 tokens. 16 rows by 256 columns
 (a unit) are stored together, so that a lane reads 16 bytes at a time and never shuffles:
@@ -6,9 +6,9 @@ The instruction mma.sp.m16n8k32 multiplies 16 rows by 32 columns of a 2:4 weight
     fragments  int32 [ceil(m/16), ceil(n/256), 8 tiles, 32 lanes, 4]   register i of a lane: the two weights of a group
     metadata   int32 [ceil(m/16), ceil(n/256), 32 lanes, 4]            word i serves tiles 2i (selector 0), 2i+1 (1)
 
-Which lane holds what: PTX ISA 9.7.14.6.2.2, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types". A lane
-holds one half of a group of four of x; so that it can read 16 bytes of x too, the groups of a tile are renumbered: the
-group that lies at 4 v + 2 p + s in memory is number 4 v + 2 s + p of the instruction (v, p, s = 0, 1).
+Which lane holds what: PTX ISA 9.7.14.6.2.2, "Matrix Fragments for sparse mma.m16n8k32 with .f16 and .bf16 types". A
+lane needs one half of every second group of x; so that it can read two whole groups (16 bytes) at a time, the groups of
+a tile are renumbered: the one at 4 v + 2 p + s in memory is number 4 v + 2 s + p of the instruction (v, p, s = 0, 1).
 
 Rows and columns beyond the weight hold zeros at positions 0 and 1, because equal positions are undefined behaviour.
 Everything here is a permutation: values keep their bits, -0.0 and NaN included. Runs on the device of the tensors.

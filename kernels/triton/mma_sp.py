@@ -2,9 +2,9 @@
 
 A lane reads 16 bytes of weights and has the registers of one mma.sp::ordered_metadata.sync.aligned.m16n8k32, weights in
 its first operand and 8 tokens in the second. Nothing passes through shared memory but the last sum over the warps.
-Compiled for sm_90 the main loop takes below 0.3 thread-instructions a weight; an H200 can issue 8.8 in the time that it
-takes to read one (1.125 bytes at 4.3 TB/s). What counts is therefore how many bytes are under way: a warp asks for a
-whole unit (16 rows by 256 columns, 4.6 KB) before it multiplies.
+Compiled for sm_90 the main loop takes 0.63 thread-instructions a dense weight (0.41 with two row tiles, which share x);
+an H200 can issue 8.8 in the time that it takes to read one (1.125 bytes at 4.3 TB/s). What counts is therefore how many
+bytes are under way: a warp asks for a whole unit (16 rows by 256 columns, 4.6 KB) while it multiplies the one before.
 
 A program is ROW_TILES row tiles by all tokens; its warps (and SPLIT programs, where the weight has few rows) share the
 columns. The Gluon kernel is needed because only there the layout of the registers can be said; it does not run in the
@@ -29,16 +29,13 @@ from sparse_rt.kernels.triton import configs
 from sparse_rt.kernels.triton.fragments import COLUMNS, DTYPES, ROWS, TILES, shapes
 
 MAX_TOKENS = 16
-# Bytes under way hide the latency of memory: several row tiles where there are rows enough, else more warps a row tile.
-DEFAULTS = dict(ROW_TILES=1, num_warps=8)
-# Programs wanted before columns are split: one for every multiprocessor of the GPU.
-FALLBACK_PROCESSORS = 132
+# By tokens, at most. A multiprocessor holds two programs of 8 warps with 124 registers, three of 4 warps with 132.
+DEFAULTS = {8: dict(ROW_TILES=1, num_warps=8), 16: dict(ROW_TILES=1, num_warps=4)}
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _TILES = tl.constexpr(TILES)
 _UNIT_WORDS = tl.constexpr(TILES * 32 * 4)
 _META_WORDS = tl.constexpr(32 * 4)
-_EMPTY_WORD = tl.constexpr(0x44444444)  # positions 0 and 1 everywhere; equal positions are undefined behaviour
 # A lane's half of a group of four: even lanes take the first two columns, odd lanes the last two.
 _PICK = tl.constexpr(
     "prmt.b32 $0, $4, $5, $12; prmt.b32 $1, $6, $7, $12; prmt.b32 $2, $8, $9, $12; prmt.b32 $3, $10, $11, $12;"
@@ -59,29 +56,71 @@ def _mma(tile, fp16):
 
 
 @gluon.jit
-def _multiply(acc, a, e, x_ptr, pick, chunk, chunks, TILE: gl.constexpr, FP16: gl.constexpr, MASKED: gl.constexpr):
-    """acc + tile number TILE of a unit times its 32 columns of x; MASKED: columns may lie outside."""
-    if MASKED:
-        low = gl.load(x_ptr + TILE * 16, mask=chunk + TILE * 4 < chunks, other=0)
-        high = gl.load(x_ptr + (TILE * 16 + 8), mask=chunk + (TILE * 4 + 2) < chunks, other=0)
-    else:
-        low = gl.load(x_ptr + TILE * 16)
-        high = gl.load(x_ptr + (TILE * 16 + 8))
-    b = gl.inline_asm_elementwise(_PICK, _PICK_REGISTERS, [low, high, pick], dtype=gl.int32, is_pure=True, pack=4)
-    return gl.inline_asm_elementwise(
-        _mma(TILE, FP16),
-        _MMA_REGISTERS,
-        [gl.expand_dims(a, 1), gl.expand_dims(b, 0), gl.expand_dims(e, 1), acc],
-        dtype=gl.float32,
-        is_pure=True,
-        pack=4,
+def _weights(ptr):
+    """The words of a unit's eight tiles: read once, so the first to leave the caches."""
+    return (
+        gl.load(ptr, eviction_policy="evict_first"),
+        gl.load(ptr + 128, eviction_policy="evict_first"),
+        gl.load(ptr + 256, eviction_policy="evict_first"),
+        gl.load(ptr + 384, eviction_policy="evict_first"),
+        gl.load(ptr + 512, eviction_policy="evict_first"),
+        gl.load(ptr + 640, eviction_policy="evict_first"),
+        gl.load(ptr + 768, eviction_policy="evict_first"),
+        gl.load(ptr + 896, eviction_policy="evict_first"),
     )
 
 
 @gluon.jit
-def _load(ptr, TILE: gl.constexpr):
-    """Words of a tile: read once, so the first to leave the caches."""
-    return gl.load(ptr + TILE * 128, eviction_policy="evict_first")
+def _pick(low, high, pick):
+    return gl.inline_asm_elementwise(_PICK, _PICK_REGISTERS, [low, high, pick], dtype=gl.int32, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _x_tile(ptr, pick, chunk, chunks, TILE: gl.constexpr, PARTIAL: gl.constexpr, EARLY: gl.constexpr):
+    """A lane's part of x for a tile, twice 16 bytes (EARLY: the half it needs); PARTIAL: columns may lie outside."""
+    if PARTIAL:
+        low = gl.load(ptr + TILE * 16, mask=chunk + TILE * 4 < chunks, other=0)
+        high = gl.load(ptr + (TILE * 16 + 8), mask=chunk + (TILE * 4 + 2) < chunks, other=0)
+    else:
+        low = gl.load(ptr + TILE * 16)
+        high = gl.load(ptr + (TILE * 16 + 8))
+    if EARLY:
+        return _pick(low, high, pick)
+    else:
+        return (low, high)
+
+
+@gluon.jit
+def _x_unit(ptr, pick, chunk, chunks, PARTIAL: gl.constexpr, EARLY: gl.constexpr):
+    return (
+        _x_tile(ptr, pick, chunk, chunks, 0, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 1, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 2, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 3, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 4, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 5, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 6, PARTIAL, EARLY),
+        _x_tile(ptr, pick, chunk, chunks, 7, PARTIAL, EARLY),
+    )
+
+
+@gluon.jit
+def _multiply(acc, a, x, e, pick, FP16: gl.constexpr, EARLY: gl.constexpr):
+    """acc + a unit of every row tile times its columns of x."""
+    for tile in gl.static_range(_TILES):
+        if EARLY:
+            b = x[tile]
+        else:
+            b = _pick(x[tile][0], x[tile][1], pick)
+        acc = gl.inline_asm_elementwise(
+            _mma(tile, FP16),
+            _MMA_REGISTERS,
+            [gl.expand_dims(a[tile], 1), gl.expand_dims(b, 0), gl.expand_dims(e, 1), acc],
+            dtype=gl.float32,
+            is_pure=True,
+            pack=4,
+        )
+    return acc
 
 
 @gluon.jit
@@ -99,7 +138,8 @@ def mma_sp_kernel(
     ROW_TILES: gl.constexpr,
     TOKEN_TILES: gl.constexpr,
     SPLIT: gl.constexpr,
-    TAIL: gl.constexpr,
+    RAGGED: gl.constexpr,
+    PARTIAL: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     FP16: gl.constexpr,
     WARPS: gl.constexpr,
@@ -107,10 +147,13 @@ def mma_sp_kernel(
     """y [tokens, m] = x W^T + bias; with SPLIT > 1 float32 parts [SPLIT, tokens, m] without bias.
 
     fragments, metadata, x: int32 words; a row of x is ``chunks`` times 16 bytes. Every pointer is 16-byte aligned.
-    TAIL: the last round of units is not full, or the last unit is not.
+    RAGGED: some warps have no unit in the last round. PARTIAL: the last unit has less than 256 columns of x.
     """
     T: gl.constexpr = WARPS * 32
     STEP: gl.constexpr = WARPS * SPLIT  # units that one round of all warps covers
+    # Which half of x is wanted is decided as late as possible, because deciding waits for x while no weights have been
+    # asked for. With two token tiles that takes too many registers (196 instead of 132 in a lane).
+    EARLY: gl.constexpr = TOKEN_TILES > 1
     # [row tile, token tile, thread, register]: row and token tiles are registers of every thread.
     L: gl.constexpr = gl.BlockedLayout([ROW_TILES, TOKEN_TILES, 1, 4], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
     A: gl.constexpr = gl.SliceLayout(1, L)  # [row tile, thread, register]
@@ -125,64 +168,41 @@ def mma_sp_kernel(
 
     # Row tiles, units and tokens beyond the last one repeat it; what comes of them is dropped at the end.
     row_tile = gl.minimum(gl.program_id(0) * ROW_TILES + a_tile, row_tiles - 1).to(gl.int64)
-    unit = gl.program_id(1) * WARPS + a_thread // 32
-    first = row_tile * units + gl.minimum(unit, units - 1)
-    a = fragments_ptr + first * _UNIT_WORDS + (a_thread % 32 * 4 + a_word)
+    a_unit = gl.program_id(1) * WARPS + a_thread // 32
+    x_unit = gl.program_id(1) * WARPS + b_thread // 32
+    first = row_tile * units + gl.minimum(a_unit, units - 1)
+    a_ptr = fragments_ptr + first * _UNIT_WORDS + (a_thread % 32 * 4 + a_word)
     e_ptr = metadata_ptr + first * _META_WORDS + (a_thread % 32 * 4 + a_word)
     token = gl.minimum(b_tile * 8 + b_thread % 32 // 4, tokens - 1)
-    chunk = (gl.program_id(1) * WARPS + b_thread // 32) * (_COLUMNS // 8) + b_thread % 4 // 2
-    x = x_ptr + (token * chunks + chunk) * 4 + b_word
+    chunk = gl.minimum(x_unit, units - 1) * (_COLUMNS // 8) + b_thread % 4 // 2
+    x_at = x_ptr + (token * chunks + chunk) * 4 + b_word
     pick = gl.where(b_thread % 2 == 0, 0x3210, 0x7654) + b_word * 0 + b_tile * 0
 
     acc = gl.full([ROW_TILES, TOKEN_TILES, T, 4], 0.0, gl.float32, L)
-    a0 = _load(a, 0)
-    a1 = _load(a, 1)
-    a2 = _load(a, 2)
-    a3 = _load(a, 3)
-    a4 = _load(a, 4)
-    a5 = _load(a, 5)
-    a6 = _load(a, 6)
-    a7 = _load(a, 7)
-    e = _load(e_ptr, 0)
-    # What the next round multiplies is asked for while this one multiplies, so that a unit a warp is always under way;
-    # the compiler would not arrange that by itself, because it takes registers.
+    a = _weights(a_ptr)
+    e = gl.load(e_ptr, eviction_policy="evict_first")
+    x = _x_unit(x_at, pick, chunk, chunks, PARTIAL, EARLY)
+    # The registers of a tile are filled for the next round as soon as they have been multiplied, weights and x alike:
+    # a warp has a unit (4.6 KB a row tile) under way all the time and waits for memory once a round.
     for _ in range(1, gl.cdiv(units, STEP)):
-        ahead = gl.minimum(units - 1 - unit, STEP) if TAIL else STEP
-        unit += STEP
-        a += ahead * _UNIT_WORDS
-        e_ptr += ahead * _META_WORDS
-        next_e = _load(e_ptr, 0)
-        acc = _multiply(acc, a0, e, x, pick, chunk, chunks, 0, FP16, False)
-        a0 = _load(a, 0)
-        acc = _multiply(acc, a1, e, x, pick, chunk, chunks, 1, FP16, False)
-        a1 = _load(a, 1)
-        acc = _multiply(acc, a2, e, x, pick, chunk, chunks, 2, FP16, False)
-        a2 = _load(a, 2)
-        acc = _multiply(acc, a3, e, x, pick, chunk, chunks, 3, FP16, False)
-        a3 = _load(a, 3)
-        acc = _multiply(acc, a4, e, x, pick, chunk, chunks, 4, FP16, False)
-        a4 = _load(a, 4)
-        acc = _multiply(acc, a5, e, x, pick, chunk, chunks, 5, FP16, False)
-        a5 = _load(a, 5)
-        acc = _multiply(acc, a6, e, x, pick, chunk, chunks, 6, FP16, False)
-        a6 = _load(a, 6)
-        acc = _multiply(acc, a7, e, x, pick, chunk, chunks, 7, FP16, False)
-        a7 = _load(a, 7)
-        e = next_e
-        x += STEP * (_COLUMNS // 2)
-        chunk += STEP * (_COLUMNS // 8)
-    before = acc
-    acc = _multiply(acc, a0, e, x, pick, chunk, chunks, 0, FP16, TAIL)
-    acc = _multiply(acc, a1, e, x, pick, chunk, chunks, 1, FP16, TAIL)
-    acc = _multiply(acc, a2, e, x, pick, chunk, chunks, 2, FP16, TAIL)
-    acc = _multiply(acc, a3, e, x, pick, chunk, chunks, 3, FP16, TAIL)
-    acc = _multiply(acc, a4, e, x, pick, chunk, chunks, 4, FP16, TAIL)
-    acc = _multiply(acc, a5, e, x, pick, chunk, chunks, 5, FP16, TAIL)
-    acc = _multiply(acc, a6, e, x, pick, chunk, chunks, 6, FP16, TAIL)
-    acc = _multiply(acc, a7, e, x, pick, chunk, chunks, 7, FP16, TAIL)
-    if TAIL:
-        acc = gl.where(gl.expand_dims(unit < units, 1), acc, before)
-    _finish(acc, bias_ptr, y_ptr, m, tokens, ROW_TILES, TOKEN_TILES, SPLIT, HAS_BIAS, WARPS)
+        acc = _multiply(acc, a, x, e, pick, FP16, EARLY)
+        if RAGGED:
+            a_ahead, x_ahead = gl.minimum(units - 1 - a_unit, STEP), gl.minimum(units - 1 - x_unit, STEP)
+        else:
+            a_ahead, x_ahead = STEP, STEP
+        a_unit += STEP
+        x_unit += STEP
+        a_ptr += a_ahead * _UNIT_WORDS
+        e_ptr += a_ahead * _META_WORDS
+        x_at += x_ahead * (_COLUMNS // 2)
+        chunk += x_ahead * (_COLUMNS // 8)
+        a = _weights(a_ptr)
+        e = gl.load(e_ptr, eviction_policy="evict_first")
+        x = _x_unit(x_at, pick, chunk, chunks, PARTIAL, EARLY)
+    last = _multiply(acc, a, x, e, pick, FP16, EARLY)
+    if RAGGED:
+        last = gl.where(gl.expand_dims(a_unit < units, 1), last, acc)
+    _finish(last, bias_ptr, y_ptr, m, tokens, ROW_TILES, TOKEN_TILES, SPLIT, HAS_BIAS, WARPS)
 
 
 @gluon.jit
@@ -250,9 +270,9 @@ def expand_kernel(fragments_ptr, metadata_ptr, out_ptr, m, n, units, BLOCK: tl.c
         nibble = word >> (row // 8 * 16 + s * 8 + p * 4)
         first, second = nibble & 3, nibble >> 2 & 3
         # Weights as the low and the high half of a word, at their two of four columns.
-        low, high = pair & 0xFFFF, pair >> 16 & 0xFFFF
-        left = tl.where(first < 2, low << first * 16, 0) | tl.where(second < 2, high << second * 16, 0)
-        right = tl.where(first > 1, low << (first & 1) * 16, 0) | tl.where(second > 1, high << (second & 1) * 16, 0)
+        low, high = (pair & 0xFFFF) << (first & 1) * 16, (pair >> 16 & 0xFFFF) << (second & 1) * 16
+        left = tl.where(first < 2, low, 0) | tl.where(second < 2, high, 0)
+        right = tl.where(first < 2, 0, low) | tl.where(second < 2, 0, high)
         row_out, group_out = row_tile * 16 + row, unit * 64 + group
         inside = (row_out < m) & (group_out * 4 < n)
         out = out_ptr + row_out * (n // 2) + group_out * 2
@@ -284,7 +304,7 @@ def linear(x: Tensor, fragments: Tensor, metadata: Tensor, bias: Tensor | None, 
     if tokens == 0:
         return y
     flat = _aligned(x.detach().reshape(tokens, n))
-    options = configs.config("mma_sp", m, n, tokens, x.device, **DEFAULTS)
+    options = configs.config("mma_sp", m, n, tokens, x.device, **DEFAULTS[8 if tokens <= 8 else 16])
     plan = launch_plan(m, n, tokens, options, _processors(x.device))
     split = plan.pop("SPLIT")
     parts = y if split == 1 else scratch.buffer("mma_sp", (split, tokens, m), torch.float32, x.device)
@@ -329,7 +349,8 @@ def launch_plan(m: int, n: int, tokens: int, options: dict, processors: int) -> 
         SPLIT=split,
         ROW_TILES=options["ROW_TILES"],
         TOKEN_TILES=1 if tokens <= 8 else 2,
-        TAIL=n % COLUMNS != 0 or units % (warps * split) != 0,
+        RAGGED=units % (warps * split) != 0,
+        PARTIAL=n % COLUMNS != 0,
         WARPS=warps,
         num_warps=warps,
     )
@@ -357,16 +378,16 @@ def _processors(device: torch.device) -> int:
 
 
 def compile_specs() -> list[configs.Spec]:
-    """The kernel for 1 to 8 and 9 to 16 tokens, full and ragged, bfloat16 and float16, every shipped configuration."""
+    """Every shipped configuration for 1 to 8 and 9 to 16 tokens; float16, ragged shapes and split columns once."""
     shipped = configs.shipped("mma_sp")
-    found = shipped if DEFAULTS in shipped else [*shipped, DEFAULTS]
+    found = [*shipped, *(options for options in DEFAULTS.values() if options not in shipped)]
     specs = []
     for options in found:
         given = dict(row_tiles=options["ROW_TILES"], warps=options["num_warps"], split=options.get("SPLIT") or 1)
         for token_tiles in (1, 2):
             specs.append(spec(token_tiles=token_tiles, config="mma_sp" if options in shipped else "", **given))
-    specs.append(spec(dtype="fp16", tail=True))
-    specs.append(spec(token_tiles=2, split=4, tail=True))
+    specs.append(spec(dtype="fp16", ragged=True))
+    specs.append(spec(token_tiles=2, warps=4, split=4, ragged=True, partial=True))
     signature = {
         "fragments_ptr": "*i32",
         "metadata_ptr": "*i32",
@@ -384,26 +405,28 @@ def compile_specs() -> list[configs.Spec]:
 
 def spec(
     dtype: str = "bf16",
-    row_tiles: int = DEFAULTS["ROW_TILES"],
-    warps: int = DEFAULTS["num_warps"],
+    row_tiles: int = 1,
+    warps: int = 8,
     token_tiles: int = 1,
     split: int = 1,
-    tail: bool = False,
+    ragged: bool = False,
+    partial: bool = False,
     config: str = "",
 ) -> configs.Spec:
     """How to compile the kernel as ``linear`` launches it; unsplit with bias, split without."""
     pointers = {"fragments_ptr": "*i32", "metadata_ptr": "*i32", "x_ptr": "*i32", "bias_ptr": f"*{dtype}"}
     pointers["y_ptr"] = f"*{dtype}" if split == 1 else "*fp32"
     numbers = ("m", "tokens", "chunks", "row_tiles", "units")
-    given = dict(ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, SPLIT=split, TAIL=tail, HAS_BIAS=split == 1)
+    given = dict(ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, SPLIT=split, RAGGED=ragged, PARTIAL=partial)
+    shape = f"{row_tiles}x{token_tiles}w{warps}s{split}"
     return configs.Spec(
-        name=f"mma_sp[{dtype},{row_tiles}x{token_tiles}w{warps}{f',split{split}' if split > 1 else ''}{',tail' * tail}]",
+        name=f"mma_sp[{dtype},{shape}{',ragged' * ragged}{',partial' * partial}]",
         kernel=mma_sp_kernel,
         signature={**pointers, **dict.fromkeys(numbers, "i32")},
-        constexprs={**given, "FP16": dtype == "fp16", "WARPS": warps},
+        constexprs={**given, "HAS_BIAS": split == 1, "FP16": dtype == "fp16", "WARPS": warps},
         num_warps=warps,
         weights_per_iteration=warps * row_tiles * ROWS * COLUMNS,
-        expects=("80:HMMA.SP", "90:HMMA.SP"),
+        expects=("HMMA.SP",),
         gluon=True,
         config=config,
         divisible=tuple(pointers),

@@ -1,6 +1,6 @@
 """Compile specs of mma_sp for one architecture and print {name: {"ptx": ..., "sass": ...}} as JSON.
 
-A process of its own, without TRITON_INTERPRET. Cases on standard input: JSON list of keyword arguments of ``mma_sp.spec``.
+A process of its own, without TRITON_INTERPRET. On standard input: JSON list of keyword arguments of ``mma_sp.spec``.
 """
 
 from __future__ import annotations

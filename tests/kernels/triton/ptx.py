@@ -13,8 +13,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-import mma_sp_model
 import numpy as np
+
+import mma_sp_model
 
 SIGNED = {16: np.int16, 32: np.int32, 64: np.int64}
 UNSIGNED = {8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint64}

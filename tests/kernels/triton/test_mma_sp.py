@@ -5,11 +5,11 @@ The kernel itself is run in test_mma_sp_ptx.py.
 
 from __future__ import annotations
 
-import mma_sp_model as model
 import numpy as np
 import pytest
 import torch
 
+import mma_sp_model as model
 from sparse_rt.errors import BackendError
 from sparse_rt.formats import get_format
 from sparse_rt.kernels.triton import cslt, fragments
@@ -106,7 +106,7 @@ def test_every_pair_of_positions_reaches_the_right_column():
 
 
 def test_metadata_words_are_those_of_cutlass():
-    """torch carries CUTLASS's order for the same instruction: lane 4 g + 2 selector + half, two row tiles a word row."""
+    """torch carries CUTLASS's order for the same instruction: lane 4 g + 2 selector + half."""
     conversions = pytest.importorskip("torch.sparse._semi_structured_conversions")
     m, n = 32, 256
     generator = torch.Generator().manual_seed(3)
@@ -163,9 +163,7 @@ def test_a_launch_covers_every_unit_once(shape, row_tiles):
     plan = mma_sp.launch_plan(m, n, 3, dict(ROW_TILES=row_tiles, num_warps=8), 132)
     units, step = -(-n // 256), plan["WARPS"] * plan["SPLIT"]
     assert plan["programs"] * row_tiles * 16 >= m and step <= units
-    rounds = n // 256 // step
-    assert rounds * step + (step if plan["TAIL"] else 0) >= units
-    assert plan["TAIL"] == (rounds * step != units or n % 256 != 0)
+    assert plan["RAGGED"] == (units % step != 0) and plan["PARTIAL"] == (n % 256 != 0)
     # Few rows must not leave multiprocessors idle where there are columns to share.
     assert plan["programs"] * plan["SPLIT"] >= min(132, units // plan["WARPS"]) // 2
 

@@ -1,7 +1,7 @@
 """The sparse tensor-core kernel, run: its PTX (sm_90) thread by thread, with the instruction from mma_sp_model.
 
-What the compiler makes of it for the H200 is asserted too: one wide load and one instruction a tile, and nothing through
-shared memory before the last sum.
+What the compiler makes of it for the H200 is asserted too: one wide load and one instruction a tile, and nothing goes
+through shared memory before the last sum.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import ptx
 import pytest
 import torch
 import torch.nn.functional as F
+
+import ptx
 
 pytest.importorskip("triton")
 
@@ -27,13 +28,14 @@ from sparse_rt.kernels.triton import fragments, mma_sp
 FORMAT = get_format("2:4")
 # spec, (m, n), tokens
 CASES = [
-    (dict(warps=4), (32, 2048), 1),
-    (dict(warps=4), (24, 1024), 8),
-    (dict(row_tiles=2, warps=2, token_tiles=2, tail=True), (70, 1284), 13),
-    (dict(dtype="fp16", warps=2, split=2, tail=True), (17, 1160), 3),
-    (dict(dtype="fp16", warps=1, tail=True), (5, 60), 2),
-    (dict(warps=8), (16, 2048), 5),
+    (dict(), (32, 4096), 1),
+    (dict(), (24, 2048), 8),
+    (dict(row_tiles=2, warps=2, token_tiles=2, ragged=True, partial=True), (70, 1284), 13),
+    (dict(warps=2, token_tiles=2, ragged=True), (20, 768), 16),
+    (dict(dtype="fp16", warps=2, split=2, ragged=True, partial=True), (17, 1160), 3),
+    (dict(dtype="fp16", warps=1, partial=True), (5, 60), 2),
 ]
+SPECS = [case[0] for case in CASES[1:]]  # the first two share one
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def compiled(tmp_path_factory) -> dict:
     environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("dump_ptx.py")), "90"],
-        input=json.dumps([case[0] for case in CASES]),
+        input=json.dumps(SPECS),
         env=environment,
         capture_output=True,
         text=True,
@@ -85,7 +87,7 @@ def test_the_compiled_kernel_multiplies(case, compiled):
 
 def test_infinities_of_x_do_not_leak_out_of_the_padding(compiled):
     """Columns beyond n have zero weights; x must not be read there, and pruned weights must not meet an infinity."""
-    options, (m, n), tokens = CASES[4]
+    options, (m, n), tokens = CASES[5]
     values = torch.ones(m, n // 2, dtype=torch.float16)
     metadata = torch.full((m, -(-n // 8)), 0x44, dtype=torch.uint8)
     metadata[:, -1] &= 0x0F if n // 4 % 2 else 0xFF
@@ -124,4 +126,5 @@ def test_the_main_loop_reads_wide_and_never_shuffles(compiled):
         assert sum(count for kind, count in kinds.items() if kind.startswith("LDG")) == wide
         assert not [kind for kind in kinds if kind.startswith(("LDS", "STS", "BAR", "SHFL", "LDL", "STL"))]
         per_weight = len(entry["loop"]) * entry["warps"] * 32 / (units * entry["weights"])
-        assert per_weight < 0.3 + 0.5 * token_tiles / row_tiles, (options, per_weight)
+        bound = 0.2 + (0.5 + 0.5 * options.get("partial", False)) * token_tiles / row_tiles
+        assert per_weight < bound, (options, per_weight)
