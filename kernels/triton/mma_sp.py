@@ -29,6 +29,7 @@ from sparse_rt.kernels.triton import configs
 from sparse_rt.kernels.triton.fragments import COLUMNS, DTYPES, ROWS, TILES, shapes
 
 MAX_TOKENS = 16
+MAX_WARPS = 16
 # By tokens, at most. A multiprocessor holds two programs of 8 warps with 124 registers, three of 4 warps with 132.
 DEFAULTS = {8: dict(ROW_TILES=1, num_warps=8), 16: dict(ROW_TILES=1, num_warps=4)}
 
@@ -123,7 +124,11 @@ def _multiply(acc, a, x, e, pick, FP16: gl.constexpr, EARLY: gl.constexpr):
     return acc
 
 
-@gluon.jit
+# Not specialised: one binary serves every shape, the one that the tests run, and one token compiles nothing anew.
+_NUMBERS = ("m", "tokens", "chunks", "row_tiles", "units")
+
+
+@gluon.jit(do_not_specialize=_NUMBERS)
 def mma_sp_kernel(
     fragments_ptr,
     metadata_ptr,
@@ -238,7 +243,7 @@ def _finish(
     gl.store(y, total.to(y_ptr.dtype.element_ty), mask=(row < m) & (token < tokens))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "tokens"))
 def sum_parts_kernel(
     parts_ptr, bias_ptr, y_ptr, m, tokens, SPLIT: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -253,7 +258,7 @@ def sum_parts_kernel(
     tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=row < m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("m", "n", "units"))
 def expand_kernel(fragments_ptr, metadata_ptr, out_ptr, m, n, units, BLOCK: tl.constexpr):
     """The dense weight: a program is a unit, and writes the four columns of a group (two words) at a time."""
     row_tile = tl.program_id(0).to(tl.int64)
@@ -335,20 +340,23 @@ def linear(x: Tensor, fragments: Tensor, metadata: Tensor, bias: Tensor | None, 
 def launch_plan(m: int, n: int, tokens: int, options: dict, processors: int) -> dict:
     """Programs, SPLIT and the kernel's other options for a product.
 
-    Without a "SPLIT" in ``options`` columns are split until every multiprocessor has a program, never finer than a
-    unit a warp; warps that would have no unit are left out.
+    Where rows are too few for a program on every multiprocessor, programs get more warps, then (without a "SPLIT" in
+    ``options``) columns are split, never finer than a unit a warp. Warps that would have no unit are left out.
     """
     row_tiles, units = -(-m // ROWS), -(-n // COLUMNS)
     warps = options["num_warps"]
     while warps > units:
         warps //= 2
-    programs = triton.cdiv(row_tiles, options["ROW_TILES"])
+    programs, token_tiles = triton.cdiv(row_tiles, options["ROW_TILES"]), 1 if tokens <= 8 else 2
+    # A split costs another kernel. More warps than these would not leave a lane its registers.
+    while programs < processors and 2 * warps <= min(units, MAX_WARPS // token_tiles) and not options.get("SPLIT"):
+        warps *= 2
     split = options.get("SPLIT", 0) or max(1, min(processors // programs, units // warps))
     return dict(
         programs=programs,
         SPLIT=split,
         ROW_TILES=options["ROW_TILES"],
-        TOKEN_TILES=1 if tokens <= 8 else 2,
+        TOKEN_TILES=token_tiles,
         RAGGED=units % (warps * split) != 0,
         PARTIAL=n % COLUMNS != 0,
         WARPS=warps,
@@ -387,6 +395,7 @@ def compile_specs() -> list[configs.Spec]:
         for token_tiles in (1, 2):
             specs.append(spec(token_tiles=token_tiles, config="mma_sp" if options in shipped else "", **given))
     specs.append(spec(dtype="fp16", ragged=True))
+    specs.append(spec(warps=MAX_WARPS))
     specs.append(spec(token_tiles=2, warps=4, split=4, ragged=True, partial=True))
     signature = {
         "fragments_ptr": "*i32",
@@ -416,13 +425,12 @@ def spec(
     """How to compile the kernel as ``linear`` launches it; unsplit with bias, split without."""
     pointers = {"fragments_ptr": "*i32", "metadata_ptr": "*i32", "x_ptr": "*i32", "bias_ptr": f"*{dtype}"}
     pointers["y_ptr"] = f"*{dtype}" if split == 1 else "*fp32"
-    numbers = ("m", "tokens", "chunks", "row_tiles", "units")
     given = dict(ROW_TILES=row_tiles, TOKEN_TILES=token_tiles, SPLIT=split, RAGGED=ragged, PARTIAL=partial)
     shape = f"{row_tiles}x{token_tiles}w{warps}s{split}"
     return configs.Spec(
         name=f"mma_sp[{dtype},{shape}{',ragged' * ragged}{',partial' * partial}]",
         kernel=mma_sp_kernel,
-        signature={**pointers, **dict.fromkeys(numbers, "i32")},
+        signature={**pointers, **dict.fromkeys(_NUMBERS, "i32")},
         constexprs={**given, "HAS_BIAS": split == 1, "FP16": dtype == "fp16", "WARPS": warps},
         num_warps=warps,
         weights_per_iteration=warps * row_tiles * ROWS * COLUMNS,

@@ -165,7 +165,7 @@ def test_a_launch_covers_every_unit_once(shape, row_tiles):
     assert plan["programs"] * row_tiles * 16 >= m and step <= units
     assert plan["RAGGED"] == (units % step != 0) and plan["PARTIAL"] == (n % 256 != 0)
     # Few rows must not leave multiprocessors idle where there are columns to share.
-    assert plan["programs"] * plan["SPLIT"] >= min(132, units // plan["WARPS"]) // 2
+    assert plan["programs"] * step >= min(132 * 8, plan["programs"] * units) // 2
 
 
 def test_refusals_say_what_is_wrong():
