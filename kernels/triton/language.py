@@ -150,7 +150,7 @@ def load_tile(
         column1 = tl.load(first + bit0, mask=bit1 != 0, other=0.0)
         column2 = tl.load(third, mask=bit2 != 0, other=0.0)
         column3 = tl.load(third + bit2, mask=bit3 != 0, other=0.0)
-        return _interleave(column0, column1, column2, column3, BN)
+        return _barrier(_interleave(column0, column1, column2, column3, BN))
 
 
 @triton.jit
@@ -210,6 +210,18 @@ def _interleave(column0, column1, column2, column3, BN: tl.constexpr):
 
 
 @triton.jit
+def _barrier(tile):
+    """``tile``, and nothing in machine code. Triton 3.6 moves a reshape right in front of ``dot`` into the layout of
+    shared memory and then calls that layout illegal (sm_90, sm_100); it does not move it past two casts of the bits."""
+    if tile.dtype == tl.float64:
+        return tile
+    elif tile.dtype == tl.float32:
+        return tile.to(tl.int32, bitcast=True).to(tl.float32, bitcast=True)
+    else:
+        return tile.to(tl.int16, bitcast=True).to(tile.dtype, bitcast=True)
+
+
+@triton.jit
 def _nibbles(words, BN: tl.constexpr):
     """uint32 [BN, 4] -> the four bits of every group of four columns: int32 [BN, 32], higher bits undefined."""
     shift = (tl.arange(0, 8) * 4).to(tl.uint32)
@@ -266,4 +278,4 @@ def _load_pairs(values_ptr, words, rows, row_mask, block, n, BN: tl.constexpr):
     column1 = tl.where(first == 1, left, tl.where(second == 1, right, zero))
     column2 = tl.where(first == 2, left, tl.where(second == 2, right, zero))
     column3 = tl.where(second == 3, right, zero)
-    return _interleave(column0, column1, column2, column3, BN)
+    return _barrier(_interleave(column0, column1, column2, column3, BN))

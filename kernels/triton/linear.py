@@ -91,7 +91,7 @@ def linear_t_kernel(
     token = tl.program_id(1) * BT + tl.arange(0, BT)
     token_mask = token < tokens
     dy_rows = dy_ptr + token.to(tl.int64) * stride_dy
-    total = tl.zeros((BT, BLOCK), dtype=tl.float32)
+    total = tl.zeros((BLOCK, BT), dtype=tl.float32)
     for start in range(0, m, BN):
         rows = start + tl.arange(0, BN)
         row_mask = rows < m
@@ -99,10 +99,10 @@ def linear_t_kernel(
             values_ptr, meta_ptr, starts_ptr, offsets_ptr, rows, row_mask, block, m, n, meta_stride, BN, NIBBLES
         )
         dy = tl.load(dy_rows[:, None] + rows[None, :], mask=token_mask[:, None] & row_mask[None, :], other=0.0)
-        total = dot(dy, cast(weights, dy.dtype), total)
+        total = dot(tl.trans(cast(weights, dy.dtype)), tl.trans(dy), total)
     columns = block * BLOCK + tl.arange(0, BLOCK)
-    dx = dx_ptr + token.to(tl.int64)[:, None] * n + columns[None, :]
-    tl.store(dx, cast(total, dx_ptr.dtype.element_ty), mask=token_mask[:, None] & (columns < n)[None, :])
+    dx = dx_ptr + token.to(tl.int64)[None, :] * n + columns[:, None]
+    tl.store(dx, cast(total, dx_ptr.dtype.element_ty), mask=token_mask[None, :] & (columns < n)[:, None])
 
 
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
