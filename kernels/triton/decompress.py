@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 import triton
 import triton.language as tl
@@ -128,6 +130,10 @@ def compile_specs() -> list[configs.Spec]:
             for nibbles in (False, True):
                 specs.append(_spec(kernel, function, "bf16", nibbles, options, options in shipped))
         specs.append(_spec(kernel, function, "fp32", False, DEFAULTS[kernel], False))
+    # Adapters keep float32 values, which a product in bfloat16 expands.
+    rounding = _spec("decompress", decompress_kernel, "fp32", False, DEFAULTS["decompress"], False)
+    signature = {**rounding.signature, "out_ptr": "*bf16"}
+    specs.append(dataclasses.replace(rounding, name=f"{rounding.name} to bf16", signature=signature))
     return specs
 
 

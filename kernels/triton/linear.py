@@ -25,7 +25,7 @@ DEFAULTS = {
     ),
     "linear_t": (
         (16, dict(BN=32, BT=16, num_warps=4, num_stages=3)),
-        (None, dict(BN=32, BT=64, num_warps=8, num_stages=3)),
+        (None, dict(BN=32, BT=64, num_warps=4, num_stages=3)),
     ),
 }
 
@@ -172,7 +172,8 @@ def launch_options(kernel: str, m: int, n: int, tokens: int, device: torch.devic
 
 
 def compile_specs() -> list[configs.Spec]:
-    """Both kernels, both kinds of metadata, every default and shipped configuration in bfloat16; float32 once."""
+    """Both kernels, both kinds of metadata, every default and shipped configuration in bfloat16; float32 and wide
+    values once."""
     specs = []
     for kernel, function in (("linear", linear_kernel), ("linear_t", linear_t_kernel)):
         shipped = configs.shipped(kernel)
@@ -180,11 +181,14 @@ def compile_specs() -> list[configs.Spec]:
         for options in shipped + defaults:
             for nibbles in (False, True):
                 specs.append(_spec(kernel, function, "bf16", nibbles, options, options in shipped))
-        specs.append(_spec(kernel, function, "fp32", False, DEFAULTS[kernel][0][1], False))
+        for dtype, values in (("fp32", "fp32"), ("bf16", "fp32")):
+            specs.append(_spec(kernel, function, dtype, False, DEFAULTS[kernel][0][1], False, values))
     return specs
 
 
-def _spec(kernel: str, function, dtype: str, nibbles: bool, options: dict, shipped: bool) -> configs.Spec:
+def _spec(
+    kernel: str, function, dtype: str, nibbles: bool, options: dict, shipped: bool, values: str = ""
+) -> configs.Spec:
     forward = kernel == "linear"
     pointers = ("x_ptr", "values_ptr", "bias_ptr", "y_ptr") if forward else ("dy_ptr", "values_ptr", "dx_ptr")
     numbers = ("tokens", "m", "n", "stride_x" if forward else "stride_dy", "meta_stride")
@@ -192,10 +196,12 @@ def _spec(kernel: str, function, dtype: str, nibbles: bool, options: dict, shipp
     starts = "*i32" if nibbles else "*i64"
     signature = {"meta_ptr": "*i32", "starts_ptr": starts, "offsets_ptr": "*i32"}
     signature |= dict.fromkeys(pointers, f"*{dtype}") | dict.fromkeys(numbers, "i32")
+    signature |= {"values_ptr": f"*{values or dtype}"}
     constexprs = {**configs.constexprs(options), "NIBBLES": nibbles} | ({"HAS_BIAS": True} if forward else {})
+    wide = ",wide" if values not in ("", dtype) else ""
     shape = f"{options['BN']}x{options['BT']}w{options['num_warps']}"
     return configs.Spec(
-        name=f"{kernel}[{dtype},{'2:4' if nibbles else 'bitmask'},{shape}]",
+        name=f"{kernel}[{dtype}{wide},{'2:4' if nibbles else 'bitmask'},{shape}]",
         kernel=function,
         signature=signature,
         constexprs=constexprs,
