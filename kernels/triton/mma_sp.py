@@ -124,6 +124,52 @@ def _multiply(acc, a, x, e, pick, FP16: gl.constexpr, EARLY: gl.constexpr):
     return acc
 
 
+@gluon.constexpr_function
+def _layout(row_tiles, token_tiles, warps):
+    """[row tile, token tile, thread, register]: row and token tiles are registers of every thread."""
+    return gl.BlockedLayout([row_tiles, token_tiles, 1, 4], [1, 1, 32, 1], [1, 1, warps, 1], [3, 2, 1, 0])
+
+
+@gluon.jit
+def _operands(
+    fragments_ptr,
+    metadata_ptr,
+    x_ptr,
+    tokens,
+    chunks,
+    row_tiles,
+    units,
+    ROW_TILES: gl.constexpr,
+    TOKEN_TILES: gl.constexpr,
+    WARPS: gl.constexpr,
+):
+    """Where every thread begins: unit of the weight and of x, addresses of both and of the metadata, its chunk of x.
+
+    Row tiles, units and tokens beyond the last one repeat it; what comes of them is dropped at the end.
+    """
+    T: gl.constexpr = WARPS * 32
+    A: gl.constexpr = gl.SliceLayout(1, _layout(ROW_TILES, TOKEN_TILES, WARPS))  # [row tile, thread, register]
+    B: gl.constexpr = gl.SliceLayout(0, _layout(ROW_TILES, TOKEN_TILES, WARPS))  # [token tile, thread, register]
+    a_tile = gl.arange(0, ROW_TILES, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
+    a_thread = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
+    a_word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
+    b_tile = gl.arange(0, TOKEN_TILES, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None]
+    b_thread = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
+    b_word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
+
+    row_tile = gl.minimum(gl.program_id(0) * ROW_TILES + a_tile, row_tiles - 1).to(gl.int64)
+    a_unit = gl.program_id(1) * WARPS + a_thread // 32
+    x_unit = gl.program_id(1) * WARPS + b_thread // 32
+    first = row_tile * units + gl.minimum(a_unit, units - 1)
+    a_ptr = fragments_ptr + first * _UNIT_WORDS + (a_thread % 32 * 4 + a_word)
+    e_ptr = metadata_ptr + first * _META_WORDS + (a_thread % 32 * 4 + a_word)
+    token = gl.minimum(b_tile * 8 + b_thread % 32 // 4, tokens - 1)
+    chunk = gl.minimum(x_unit, units - 1) * (_COLUMNS // 8) + b_thread % 4 // 2
+    x_at = x_ptr + (token * chunks + chunk) * 4 + b_word
+    pick = gl.where(b_thread % 2 == 0, 0x3210, 0x7654) + b_word * 0 + b_tile * 0
+    return a_unit, x_unit, a_ptr, e_ptr, x_at, chunk, pick
+
+
 # Not specialised: one binary serves every shape, the one that the tests run, and one token compiles nothing anew.
 _NUMBERS = ("m", "tokens", "chunks", "row_tiles", "units")
 
@@ -154,36 +200,15 @@ def mma_sp_kernel(
     fragments, metadata, x: int32 words; a row of x is ``chunks`` times 16 bytes. Every pointer is 16-byte aligned.
     RAGGED: some warps have no unit in the last round. PARTIAL: the last unit has less than 256 columns of x.
     """
-    T: gl.constexpr = WARPS * 32
     STEP: gl.constexpr = WARPS * SPLIT  # units that one round of all warps covers
     # Which half of x is wanted is decided as late as possible, because deciding waits for x while no weights have been
     # asked for. With two token tiles that takes too many registers (196 instead of 132 in a lane).
     EARLY: gl.constexpr = TOKEN_TILES > 1
-    # [row tile, token tile, thread, register]: row and token tiles are registers of every thread.
-    L: gl.constexpr = gl.BlockedLayout([ROW_TILES, TOKEN_TILES, 1, 4], [1, 1, 32, 1], [1, 1, WARPS, 1], [3, 2, 1, 0])
-    A: gl.constexpr = gl.SliceLayout(1, L)  # [row tile, thread, register]
-    B: gl.constexpr = gl.SliceLayout(0, L)  # [token tile, thread, register]
-
-    a_tile = gl.arange(0, ROW_TILES, gl.SliceLayout(1, gl.SliceLayout(2, A)))[:, None, None]
-    a_thread = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, A)))[None, :, None]
-    a_word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, A)))[None, None, :]
-    b_tile = gl.arange(0, TOKEN_TILES, gl.SliceLayout(1, gl.SliceLayout(2, B)))[:, None, None]
-    b_thread = gl.arange(0, T, gl.SliceLayout(0, gl.SliceLayout(2, B)))[None, :, None]
-    b_word = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(1, B)))[None, None, :]
-
-    # Row tiles, units and tokens beyond the last one repeat it; what comes of them is dropped at the end.
-    row_tile = gl.minimum(gl.program_id(0) * ROW_TILES + a_tile, row_tiles - 1).to(gl.int64)
-    a_unit = gl.program_id(1) * WARPS + a_thread // 32
-    x_unit = gl.program_id(1) * WARPS + b_thread // 32
-    first = row_tile * units + gl.minimum(a_unit, units - 1)
-    a_ptr = fragments_ptr + first * _UNIT_WORDS + (a_thread % 32 * 4 + a_word)
-    e_ptr = metadata_ptr + first * _META_WORDS + (a_thread % 32 * 4 + a_word)
-    token = gl.minimum(b_tile * 8 + b_thread % 32 // 4, tokens - 1)
-    chunk = gl.minimum(x_unit, units - 1) * (_COLUMNS // 8) + b_thread % 4 // 2
-    x_at = x_ptr + (token * chunks + chunk) * 4 + b_word
-    pick = gl.where(b_thread % 2 == 0, 0x3210, 0x7654) + b_word * 0 + b_tile * 0
-
-    acc = gl.full([ROW_TILES, TOKEN_TILES, T, 4], 0.0, gl.float32, L)
+    L: gl.constexpr = _layout(ROW_TILES, TOKEN_TILES, WARPS)
+    a_unit, x_unit, a_ptr, e_ptr, x_at, chunk, pick = _operands(
+        fragments_ptr, metadata_ptr, x_ptr, tokens, chunks, row_tiles, units, ROW_TILES, TOKEN_TILES, WARPS
+    )
+    acc = gl.full([ROW_TILES, TOKEN_TILES, WARPS * 32, 4], 0.0, gl.float32, L)
     a = _weights(a_ptr)
     e = gl.load(e_ptr, eviction_policy="evict_first")
     x = _x_unit(x_at, pick, chunk, chunks, PARTIAL, EARLY)
