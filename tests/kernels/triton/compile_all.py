@@ -270,13 +270,14 @@ def main() -> None:
             report["rows"] = list(pool.map(_examine, jobs))
     print(json.dumps(report, indent=1))
     if options.record:
-        record(report)
+        record(report, everything=not options.only and not options.architecture)
 
 
-def record(report: dict) -> None:
-    """Keep what other specs have on record."""
+def record(report: dict, everything: bool) -> None:
+    """A partial run keeps what is on record of other specs; a complete one drops specs that are gone."""
     held = json.loads(RECORDED.read_text()) if RECORDED.is_file() else {}
-    per_weight = held.get("per_weight", {}) if held.get("triton") == report["triton"] else {}
+    keep = not everything and held.get("triton") == report["triton"]
+    per_weight = held.get("per_weight", {}) if keep else {}
     for row in report["rows"]:
         if "per_weight" in row:
             per_weight.setdefault(row["name"], {})[str(row["architecture"])] = row["per_weight"]
