@@ -80,44 +80,10 @@ def load_mask(meta_ptr, rows, row_mask, block, n, meta_stride, BN: tl.constexpr,
     words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
     if NIBBLES:
         inside = (block * BLOCK + tl.arange(0, BLOCK)) < n
-        _, kept = _pair_ranks(words, BN)
-        return kept & inside[None, :] & row_mask[:, None]
+        return _pair_mask(words, BN) & inside[None, :] & row_mask[:, None]
     else:
         bits = _nibbles(words, BN)
         return _interleave(bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1, BN) != 0
-
-
-@triton.jit
-def load_positions(
-    meta_ptr,
-    starts_ptr,
-    offsets_ptr,
-    rows,
-    row_mask,
-    block,
-    n,
-    meta_stride,
-    BN: tl.constexpr,
-    NIBBLES: tl.constexpr,
-):
-    """(positions, kept): int64 [BN, 128] index of every weight of a tile in the values, bool [BN, 128] where it is one.
-
-    Where ``kept`` is False the index may point anywhere: load and store with ``mask=kept``.
-    """
-    words = load_words(meta_ptr, rows, row_mask, block, meta_stride)
-    if NIBBLES:
-        inside = (block * BLOCK + tl.arange(0, BLOCK)) < n
-        ranks, kept = _pair_ranks(words, BN)
-        starts = rows.to(tl.int64) * (n // 2) + block * (BLOCK // 2)
-        groups = tl.arange(0, BLOCK) // 4 * 2
-        return starts[:, None] + (groups[None, :] + ranks), kept & inside[None, :] & row_mask[:, None]
-    else:
-        starts = _row_starts(starts_ptr, offsets_ptr, rows, row_mask, block, n)
-        bits, rank = _bit_ranks(words, BN)
-        bit0, bit1, bit2, bit3 = bits & 1, (bits >> 1) & 1, (bits >> 2) & 1, (bits >> 3) & 1
-        rank2 = rank + bit0 + bit1
-        ranks = _interleave(rank, rank + bit0, rank2, rank2 + bit2, BN)
-        return starts[:, None] + ranks, _interleave(bit0, bit1, bit2, bit3, BN) != 0
 
 
 @triton.jit
@@ -240,25 +206,18 @@ def _bit_ranks(words, BN: tl.constexpr):
 
 
 @triton.jit
-def _pair_ranks(words, BN: tl.constexpr):
-    """2:4, uint32 [BN, 4] -> 0 or 1 (which of its group's two values a position holds) and whether it is kept."""
+def _pair_mask(words, BN: tl.constexpr):
+    """2:4, uint32 [BN, 4] -> whether a position is kept: bool [BN, 128]."""
     nibbles = _nibbles(words, BN)
     first, second = nibbles & 3, (nibbles >> 2) & 3
-    ranks = _interleave(
-        (second == 0).to(tl.int32),
-        (second == 1).to(tl.int32),
-        (second == 2).to(tl.int32),
-        (second == 3).to(tl.int32),
+    kept = _interleave(
+        ((first == 0) | (second == 0)).to(tl.int32),
+        ((first == 1) | (second == 1)).to(tl.int32),
+        ((first == 2) | (second == 2)).to(tl.int32),
+        ((first == 3) | (second == 3)).to(tl.int32),
         BN,
     )
-    firsts = _interleave(
-        (first == 0).to(tl.int32),
-        (first == 1).to(tl.int32),
-        (first == 2).to(tl.int32),
-        (first == 3).to(tl.int32),
-        BN,
-    )
-    return ranks, (ranks + firsts) != 0
+    return kept != 0
 
 
 @triton.jit
