@@ -75,12 +75,13 @@ class Fused:
     """The same map as an ``Update.function`` in one pass over a whole weight, where there is a kernel for it.
 
     ``refusal(weight, *tensors)``              why it cannot run with these inputs and results, or None
-    ``apply(weight, out, with_base, *parameters)``   effective values (or the update alone) into ``out``, rounded once
+    ``apply(weight, out, with_base, *parameters)``   effective values (or the update alone) into ``out``, rounded once;
+                                               None: block by block, as without a kernel
     ``gradients(weight, dy, x, *parameters)``  of the parameters, float32
     """
 
     refusal: Callable[..., str | None]
-    apply: Callable[..., object]
+    apply: Callable[..., object] | None
     gradients: Callable[..., tuple[Tensor, ...]]
 
 
@@ -147,7 +148,7 @@ def effective_values(
     with torch.no_grad(), torch.autocast(weight.values.device.type, enabled=False):
         out = torch.empty_like(weight.values, dtype=dtype, requires_grad=False) if out is None else out
         fused = _fused(weight, updates, out)
-        if fused is not None:
+        if fused is not None and fused.apply is not None:
             fused.apply(weight, out, with_base, *updates[0].parameters)
             return out
         flat, compute = out.view(-1), compute_dtype(weight.values, updates)
@@ -260,10 +261,10 @@ def _pull_back(dy, x, weight: Weight, plan: _Plan, parameters, needed, out: Tens
 
 
 def _pull_back_fused(dy, x, weight: Weight, plan: _Plan, parameters, needed, out: Tensor | None) -> list[Tensor | None]:
-    """The same in two passes of a fused implementation; the gradient of the values may never exist."""
+    """The same with a fused implementation; the gradient of the values may never exist."""
     (update,) = plan.updates(parameters)
     if out is not None:
-        update.fused.apply(weight, out, plan.with_base, *parameters)
+        effective_values(weight, [update], out=out, with_base=plan.with_base)
     if not any(needed):
         return [None] * len(needed)
     found = update.fused.gradients(weight, dy, x, *parameters)

@@ -7,6 +7,7 @@ The mask stays as it is, so the adapter merges without bringing zeros back to li
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
-from sparse_rt.adapters.effective import Rows
+from sparse_rt.adapters.effective import Fused, Rows, Weight
 from sparse_rt.adapters.registry import register_adapter
 from sparse_rt.errors import UserError
+from sparse_rt.kernels import low_rank
 
 
 @dataclass
@@ -49,6 +51,18 @@ class MaskLoRALayer(AdapterLayer):
     @staticmethod
     def update(config: MaskLoRAConfig, rows: Rows, a: Tensor, b: Tensor) -> Tensor:
         return rows.kept(b[rows.start : rows.stop] @ a) * (config.alpha / config.r)
+
+    @staticmethod
+    def fused(config: MaskLoRAConfig) -> Fused:
+        return Fused(_refusal, None, functools.partial(_gradients, config.alpha / config.r))
+
+
+def _refusal(weight: Weight, *tensors: Tensor) -> str | None:
+    return low_rank.refusal(weight.pattern, weight.m, weight.n, weight.values, *tensors)
+
+
+def _gradients(scale: float, weight: Weight, dy: Tensor, x: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    return low_rank.gradients(dy, x, weight.metadata, weight.pattern, weight.m, weight.n, a, b, scale)
 
 
 @register_adapter

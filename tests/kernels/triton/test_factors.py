@@ -6,7 +6,6 @@ import torch
 import packed_cases
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
-from sparse_rt.kernels import factors as dispatch
 
 pytest.importorskip("triton")
 from sparse_rt.kernels.triton import factors
@@ -100,31 +99,3 @@ def test_factors_that_do_not_fit_are_refused(device):
     a, b = pair(device, 5, *shape[1:])
     with pytest.raises(UserError, match="contiguous result"):
         factors.apply_factors(torch.empty_like(values)[:-1], values, metadata, *shape, a, b, 1.0)
-
-
-def test_an_spp_layer_trains_through_them(device, monkeypatch):
-    """y, dx and the gradients of the factors with the fused kernels equal those of the path in plain torch."""
-    from sparse_rt.adapters.effective import Update, Weight, adapted_linear
-    from sparse_rt.adapters.spp import SPPConfig, SPPLayer
-
-    monkeypatch.setenv("SPARSE_RT_BACKEND", "triton")
-    values, metadata, _, _, shape = on(device, CASES[2], torch.float32)
-    _, m, n = shape
-    config, weight = SPPConfig(groups=3, target_modules=["x"]), Weight.of(values, metadata, *shape)
-    inputs = [torch.randn(2, 9, n, device=device), *pair(device, 3, m, n), torch.randn(2, 9, m, device=device)]
-    calls = []
-    for name in ("apply", "gradients"):
-        real = getattr(dispatch, name)
-        monkeypatch.setattr(dispatch, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
-
-    def run(fused):
-        x, a, b = (tensor.clone().requires_grad_() for tensor in inputs[:3])
-        update = Update(lambda rows, *p: SPPLayer.update(config, rows, *p), (a, b), fused)
-        y = adapted_linear(x, weight, None, [update])
-        (y * inputs[3]).sum().backward()
-        return y.detach(), x.grad, a.grad, b.grad
-
-    fused = run(SPPLayer.fused(config))
-    assert calls == ["apply", "apply", "gradients"]
-    for found, expected in zip(fused, run(None), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-4)  # sums of 33 to 264 products
