@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,8 @@ from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
 from sparse_rt.kernels.triton import configs, d4_layout, fragments, ops
 
+logger = logging.getLogger(__name__)
+
 LAYOUTS = ("d4", "mma_sp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADER_BYTES = 128
@@ -37,6 +41,7 @@ _HEADER = struct.Struct("8sii6q")
 _MAGIC = b"srtgpu\0\0"
 # Tokens for which the sparse tensor cores read the packed weight, unless a GPU's file says less.
 MMA_SP_TOKENS = 16
+TRUSTED_ERROR = 1e-2  # relative RMS; rounding the result to bfloat16 makes 2e-3
 
 
 class _Header(NamedTuple):
@@ -78,7 +83,7 @@ def can_run(call: Call) -> str | None:
 def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[str, str]:
     """The layout for a weight on a GPU, and the reason in words."""
     if pattern == "2:4":
-        reason = _no_fragments(dtype)
+        reason = _no_fragments(dtype) or (_distrust(dtype) if torch.cuda.is_available() else None)
         if reason is None:
             return "mma_sp", "2:4: the sparse tensor cores read it without decoding"
         return "d4", reason
@@ -244,6 +249,41 @@ def _no_fragments(dtype: torch.dtype) -> str | None:
         return "this Triton has no Gluon, with which the sparse tensor cores are reached"
     if torch.version.hip is not None:
         return "the sparse tensor cores are reached with PTX, this GPU is not one of NVIDIA's"
+    return None
+
+
+@functools.cache
+def _distrust(dtype: torch.dtype) -> str | None:
+    from sparse_rt.kernels.triton import mma_sp
+
+    with torch.inference_mode(False), torch.no_grad():
+        reason = disagreement(dtype, torch.device("cuda"), mma_sp.linear)
+    if reason is not None:
+        logger.warning("2:4 weights take the layout d4: %s", reason)
+    return reason
+
+
+def disagreement(dtype: torch.dtype, device: torch.device, linear: Callable[..., Tensor]) -> str | None:
+    """Why products with fragments are not trusted on ``device``, or None: a small weight against its dense form.
+
+    Until a GPU has run them, the order of their registers rests on the text of the instruction set and an emulator
+    (tests/kernels/triton/ptx.py). A wrong one must not reach a model unseen. Once a process and dtype.
+    """
+    fmt, (m, n), generator = get_format("2:4"), (40, 548), torch.Generator().manual_seed(0)
+    weight = torch.randn(m, n, generator=generator).to(dtype)
+    values, metadata = fmt.compress(weight, fmt.mask_from_scores(weight.abs()))
+    dense = fmt.decompress(values, metadata, m, n).double()
+    parts = fragments.pack_fragments(values.to(device), metadata.to(device), m, n)
+    for tokens in (1, 16):
+        x = torch.randn(tokens, n, generator=generator).to(dtype)
+        expected = x.double() @ dense.T
+        try:
+            found = linear(x.to(device), *parts, None, m, n).cpu().double()
+        except Exception as error:  # whatever the compiler or the driver has to say
+            return f"the kernel of the sparse tensor cores does not run on this GPU ({type(error).__name__}: {error})"
+        error = float((found - expected).norm() / expected.norm())
+        if not error < TRUSTED_ERROR:
+            return f"on this GPU the sparse tensor cores' product has a relative error of {error:.1e}; please report it"
     return None
 
 

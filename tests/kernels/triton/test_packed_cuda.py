@@ -3,18 +3,21 @@
 Here ``kernels.triton.packed`` is called directly, in the interpreter; the operators and layers need a GPU.
 """
 
+import functools
+
 import pytest
 import torch
 from torch import nn
 
 import packed_cases
 from sparse_rt.errors import BackendError, FormatError, UserError
+from sparse_rt.formats import get_format
 from sparse_rt.kernels import packed as front
 from sparse_rt.kernels.backends import Call, explain
 from sparse_rt.nn import SparseLinear, pack_weights
 
 pytest.importorskip("triton")
-from sparse_rt.kernels.triton import packed
+from sparse_rt.kernels.triton import fragments, mma_sp, packed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CASES = (
@@ -136,6 +139,38 @@ def test_what_cannot_be_packed_says_why(device):
         (Call("packed_linear", "2:4", 4, 4, 1, torch.float32, "cpu"), "the tensors are on cpu"),
     ):
         assert reason in packed.can_run(call)
+
+
+def expanded(x, values, metadata, bias, m, n):
+    """The product with fragments by way of the canonical tensors."""
+    weight = fragments.unpack_fragments(values, metadata, m, n, x.dtype)
+    return x @ get_format("2:4").decompress(*weight, m, n).T
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_a_wrong_product_of_the_tensor_cores_is_noticed(device, dtype):
+    def rows_swapped(x, values, *rest):
+        return expanded(x, values, *rest).roll(1, -1)
+
+    def late_columns_missing(x, *rest):
+        x = x.clone()
+        x[:, -4:] = 0
+        return expanded(x, *rest)
+
+    def broken(*_):
+        raise RuntimeError("no kernel image")
+
+    check = functools.partial(packed.disagreement, dtype, torch.device(device))
+    assert check(expanded) is None
+    for wrong in (rows_swapped, late_columns_missing):
+        assert "has a relative error of" in check(wrong)
+    assert "does not run on this GPU (RuntimeError: no kernel image)" in check(broken)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_the_tensor_cores_are_trusted(dtype):
+    assert packed.disagreement(dtype, torch.device("cuda"), mma_sp.linear) is None
 
 
 def test_the_operators_have_a_kernel_for_gpus():
