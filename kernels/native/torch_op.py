@@ -19,7 +19,6 @@ NAMES = (
     "aoti_torch_get_strides",
     "aoti_torch_get_numel",
     "aoti_torch_get_dtype",
-    "aoti_torch_is_contiguous",
     "aoti_torch_empty_strided",
     "aoti_torch_new_tensor_handle",
     "aoti_torch_delete_tensor_object",

@@ -31,7 +31,6 @@ static struct {
     int (*get_strides)(tensor, int64_t **);
     int (*get_numel)(tensor, int64_t *);
     int (*get_dtype)(tensor, int32_t *);
-    int (*is_contiguous)(tensor, bool *);
     int (*empty_strided)(int64_t, const int64_t *, const int64_t *, int32_t, int32_t, int32_t, tensor *);
     int (*new_tensor_handle)(tensor, tensor *);
     int (*delete_tensor)(tensor);
@@ -140,20 +139,19 @@ static bool refuse_shape(call *c, const int64_t *bias_sizes, int64_t bias_dim)
 /* Whether packed is a packed (m, n) weight that this process multiplies with. */
 static bool take_weight(call *c)
 {
-    int64_t dim;
+    int64_t dim, *strides;
     int32_t dtype;
-    bool contiguous;
-    torch.get_dim(c->packed, &dim);
-    torch.get_numel(c->packed, &c->bytes);
-    torch.get_dtype(c->packed, &dtype);
-    torch.is_contiguous(c->packed, &contiguous);
     torch.get_data_ptr(c->packed, (void **)&c->weight);
     if ((uintptr_t)c->weight % 8) { /* a view: the tables are read as 8-byte numbers */
         if (!replace(c, &c->packed, "aten::clone", 0))
             return false;
         torch.get_data_ptr(c->packed, (void **)&c->weight);
     }
-    if (dim == 1 && dtype == torch.uint8() && contiguous &&
+    torch.get_dim(c->packed, &dim);
+    torch.get_strides(c->packed, &strides);
+    torch.get_numel(c->packed, &c->bytes);
+    torch.get_dtype(c->packed, &dtype);
+    if (dim == 1 && dtype == torch.uint8() && strides[0] == 1 &&
         srt_packed_kind(c->weight, c->bytes, c->m, c->n) >= 0)
         return true;
     snprintf(c->error, sizeof c->error,
@@ -165,9 +163,8 @@ static bool take_weight(call *c)
 
 static bool take_bias(call *c, const void **bias)
 {
-    int64_t dim, *sizes;
+    int64_t dim, *sizes, *strides;
     int32_t dtype, expected;
-    bool contiguous;
     *bias = NULL;
     if (!c->bias)
         return true;
@@ -177,14 +174,14 @@ static bool take_bias(call *c, const void **bias)
         return refuse_shape(c, sizes, dim);
     torch.get_dtype(c->bias, &dtype);
     torch.get_dtype(c->x, &expected);
-    torch.is_contiguous(c->bias, &contiguous);
     if (dtype != expected) {
         tensor x;
         torch.new_tensor_handle(c->x, &x);
         if (!replace(c, &c->bias, "aten::type_as", (value)x))
             return false;
     }
-    if (!contiguous && !make_contiguous(c, &c->bias))
+    torch.get_strides(c->bias, &strides);
+    if (c->m > 1 && strides[0] != 1 && !make_contiguous(c, &c->bias))
         return false;
     torch.get_data_ptr(c->bias, (void **)bias);
     return true;
