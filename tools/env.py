@@ -5,6 +5,8 @@ import click
 from sparse_rt.tools.command import COMMON
 from sparse_rt.tools.console import check_json_target, show, table, write_json_result
 
+LAYOUT = ("device", "dtype", "pattern")
+
 
 def run(json_target: str | None, quiet: bool, debug: bool) -> None:
     from sparse_rt.workflows.environment import environment
@@ -36,10 +38,10 @@ def report(result: dict) -> None:
     ]
     show(table("environment", ["", ""], facts))
     layouts = [
-        (row["dtype"], row["pattern"], f"{row['sparsity']:.0%}", row["layout"] or "none", row["reason"])
+        (*(row[key] for key in LAYOUT), f"{row['sparsity']:.0%}", row["layout"] or "none", row["reason"])
         for row in result["layouts"]
     ]
-    show(table("layouts of served weights", ["dtype", "pattern", "sparsity", "layout", "why"], layouts))
+    show(table("layouts of served weights", [*LAYOUT, "sparsity", "layout", "why"], layouts))
     show(table("backends", ["device", "op", "pattern", "phase", "backend", "why not the others"], rows))
     for problem in result["problems"]:
         show(f"problem: {problem}")

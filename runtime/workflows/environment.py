@@ -25,7 +25,7 @@ SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.9)
 
 def environment() -> dict[str, Any]:
     """Versions, devices, problems with a remedy, and the choice of backend for every operation and pattern."""
-    devices = ["cpu"] + [f"cuda:{k}" for k in range(torch.cuda.device_count())]
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     return {
         "sparse_rt": __version__,
         "python": sys.version.split()[0],
@@ -37,8 +37,8 @@ def environment() -> dict[str, Any]:
         "plugin_visible_to_vllm": any(e.name == "sparse_rt" for e in entry_points(group="vllm.general_plugins")),
         "problems": problems(),
         "forced_backend": os.environ.get(FORCE_VARIABLE),
-        "layouts": layouts(),
-        "backends": [row for device in dict.fromkeys(d.split(":")[0] for d in devices) for row in choices(device)],
+        "layouts": [row for device in devices for row in layouts(device)],
+        "backends": [row for device in devices for row in choices(device)],
     }
 
 
@@ -64,15 +64,15 @@ def choices(device: str) -> list[dict[str, Any]]:
     return rows
 
 
-def layouts() -> list[dict[str, Any]]:
-    """The derived layout that served weights get on this processor, by pattern, sparsity and dtype, and why."""
+def layouts(device: str) -> list[dict[str, Any]]:
+    """The derived layout that served weights get on a device, by pattern, sparsity and dtype, and why."""
     rows = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for pattern, sparsity in (("2:4", 0.5), *(("unstructured", sparsity) for sparsity in SPARSITIES)):
-            refusal = packed.refusal(pattern, *SHAPE, dtype)
-            layout, reason = (None, refusal) if refusal else packed.choose_layout(pattern, dtype, sparsity)
-            kind = {"pattern": pattern, "sparsity": sparsity, "dtype": str(dtype).removeprefix("torch.")}
-            rows.append({**kind, "layout": layout, "reason": reason})
+            refusal = packed.refusal(pattern, *SHAPE, dtype, device)
+            layout, reason = (None, refusal) if refusal else packed.choose_layout(pattern, dtype, sparsity, device)
+            kind = {"device": device, "dtype": str(dtype).removeprefix("torch."), "pattern": pattern}
+            rows.append({**kind, "sparsity": sparsity, "layout": layout, "reason": reason})
     return rows
 
 
