@@ -9,7 +9,7 @@ from pathlib import Path
 # A process that used less than this share of a core over LOOK_SECONDS is idle.
 IDLE_SHARE = 0.05
 LOOK_SECONDS = 0.2
-SESSION, USER_TIME, SYSTEM_TIME = 3, 11, 12  # fields of /proc/PID/stat, counted after the command
+STATE, SESSION, USER_TIME, SYSTEM_TIME = 0, 3, 11, 12  # fields of /proc/PID/stat, counted after the command
 
 
 def status_bytes(name: str, process: int | str = "self") -> int | None:
@@ -42,14 +42,20 @@ def processor_seconds(session: int) -> float:
 
 
 def wait_until_idle(session: int, longest: float = 10.0) -> bool:
-    """Wait until a session uses no processor; False when it still does after ``longest`` seconds."""
+    """Wait until a session neither uses a processor nor waits for one; False when it still does after ``longest`` s."""
     end = time.monotonic() + longest
     while time.monotonic() < end:
         before = processor_seconds(session)
         time.sleep(LOOK_SECONDS)
-        if processor_seconds(session) - before <= IDLE_SHARE * LOOK_SECONDS:
+        used = processor_seconds(session) - before
+        if used <= IDLE_SHARE * LOOK_SECONDS and not _wants_to_run(session):
             return True
     return False
+
+
+def _wants_to_run(session: int) -> bool:
+    """A busy process that the others leave no time is not idle."""
+    return any(fields[STATE] == "R" for _, fields in _processes() if int(fields[SESSION]) == session)
 
 
 def _processes() -> list[tuple[int, list[str]]]:
