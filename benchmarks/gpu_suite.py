@@ -1,4 +1,4 @@
-"""Everything about the GPU kernels that only a GPU can tell, in one command and under eight minutes on an H200.
+"""Everything about the GPU kernels that only a GPU can tell, in one command that ends after eight minutes.
 
     python benchmarks/gpu_suite.py --output results                       # from the repository's root
     python benchmarks/gpu_suite.py --output results --group decode        # a part of it

@@ -1,7 +1,7 @@
 /* packed_linear as a kernel of PyTorch's dispatcher, without Python between the model and the product.
  *
- * In a model every layer finds the caches full of the weight before it. There a call that goes through Python takes 150 to
- * 210 us, this one 38 (F.linear: 56; Zen 4, median, a weight of 64 x 64): a third of a token of a 1B model.
+ * In a model every layer finds the caches full of the weight before it. benchmarks/call_cost.py measures a call there;
+ * through Python it took several times as long (benchmarks/NOTES.md), a hundred times for a token of a 1B model.
  *
  * What is used of torch are the C functions of its stable interface (torch/csrc/inductor/aoti_torch/c/shim.h and
  * torch/csrc/stable/c/shim.h, where the convention of a kernel is written down), found by name at run time: neither its
