@@ -17,7 +17,8 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from sparse_rt.adapters.effective import Fused, Rows, Update, Weight, adapted_linear, effective_values
+from sparse_rt.adapters.effective import Fused, Rows, Update, Weight, WeightShape, adapted_linear, effective_values
+from sparse_rt.adapters.parts import TrainingParts
 from sparse_rt.adapters.peft_hooks import ReplaceWithoutWeight
 from sparse_rt.errors import UserError
 from sparse_rt.nn import SparseLinear, sparse_linears
@@ -95,7 +96,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return None
 
     @classmethod
-    def new_parameters(cls, config: AdapterConfig, m: int, n: int) -> tuple[Tensor, ...]:
+    def new_parameters(cls, config: AdapterConfig, shape: WeightShape) -> tuple[Tensor, ...]:
         """Fresh float32 parameters in the order of ``parameter_names``; the adapter must start as the identity."""
         raise NotImplementedError
 
@@ -117,11 +118,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add the adapter ``adapter_name`` with fresh parameters, float32, on the device of the values."""
         device = self.base_layer.values.device
-        parameters = self.new_parameters(config, self.out_features, self.in_features)
+        parameters = self.new_parameters(config, self.shape)
         for name, parameter in zip(self.adapter_layer_names, parameters, strict=True):
             getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(device))
         self.adapter_options[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @property
+    def shape(self) -> WeightShape:
+        base = self.base_layer
+        return WeightShape(self.out_features, self.in_features, base.pattern, base.values.numel())
 
     def compressed(self) -> Weight:
         """The base layer's weight as the adapters see it: the values before any merge."""
@@ -201,6 +207,10 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
     # The default learning rate of `sparse-rt finetune`.
     learning_rate: ClassVar[float]
     target_module_mapping: dict[str, list[str]] = {}
+
+    def training_parts(self, arguments) -> TrainingParts:
+        """What a run with these ``TrainingArguments`` needs besides the parameters; called once they are trainable."""
+        return TrainingParts()
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict) -> AdapterConfig:
         return peft_config  # targets are the compressed layers, whatever the architecture: see _prepare_model

@@ -53,6 +53,15 @@ def row_blocks(pattern: str, metadata: Tensor, m: int, n: int) -> tuple[Block, .
     return tuple(blocks)
 
 
+class WeightShape(NamedTuple):
+    """What an adapter's parameters depend on: a weight (m, n) of ``pattern`` that keeps ``nnz`` of its elements."""
+
+    m: int
+    n: int
+    pattern: str
+    nnz: int
+
+
 @dataclass(frozen=True)
 class Rows:
     """One block of a weight as an update sees it: ``values`` in the compute dtype and the rows they belong to."""

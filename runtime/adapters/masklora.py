@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
-from sparse_rt.adapters.effective import Fused, Rows, Weight
+from sparse_rt.adapters.effective import Fused, Rows, Weight, WeightShape
 from sparse_rt.adapters.registry import register_adapter
 from sparse_rt.errors import UserError
 from sparse_rt.kernels import low_rank
@@ -43,10 +43,10 @@ class MaskLoRALayer(AdapterLayer):
     adapter_layer_names = ("masklora_A", "masklora_B")
 
     @classmethod
-    def new_parameters(cls, config: MaskLoRAConfig, m: int, n: int) -> tuple[Tensor, Tensor]:
-        a = torch.empty(config.r, n, dtype=torch.float32)
+    def new_parameters(cls, config: MaskLoRAConfig, shape: WeightShape) -> tuple[Tensor, Tensor]:
+        a = torch.empty(config.r, shape.n, dtype=torch.float32)
         torch.nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        return a, torch.zeros(m, config.r, dtype=torch.float32)
+        return a, torch.zeros(shape.m, config.r, dtype=torch.float32)
 
     @staticmethod
     def update(config: MaskLoRAConfig, rows: Rows, a: Tensor, b: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
-from sparse_rt.adapters.effective import Fused, Rows, Weight
+from sparse_rt.adapters.effective import Fused, Rows, Weight, WeightShape
 from sparse_rt.adapters.registry import register_adapter
 from sparse_rt.errors import UserError
 from sparse_rt.kernels import factors
@@ -50,9 +50,10 @@ class SPPLayer(AdapterLayer):
         return f"its {m} rows cannot be cut into {config.groups} equal groups; allowed are {allowed}"
 
     @classmethod
-    def new_parameters(cls, config: SPPConfig, m: int, n: int) -> tuple[Tensor, Tensor]:
-        bound = 1 / math.sqrt(n)
-        return torch.empty(config.groups, n, dtype=torch.float32).uniform_(-bound, bound), torch.zeros(m)
+    def new_parameters(cls, config: SPPConfig, shape: WeightShape) -> tuple[Tensor, Tensor]:
+        bound = 1 / math.sqrt(shape.n)
+        a = torch.empty(config.groups, shape.n, dtype=torch.float32).uniform_(-bound, bound)
+        return a, torch.zeros(shape.m, dtype=torch.float32)
 
     @staticmethod
     def update(config: SPPConfig, rows: Rows, a: Tensor, b: Tensor) -> Tensor:

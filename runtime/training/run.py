@@ -20,6 +20,7 @@ from sparse_rt.adapters.base import AdapterConfig
 from sparse_rt.errors import SparseRTError, UserError
 from sparse_rt.progress import Progress
 from sparse_rt.training.checkpoints import MarkComplete
+from sparse_rt.training.trainer import SparseTrainer
 
 # Label of padding: the loss of transformers leaves it out.
 IGNORED = -100
@@ -108,9 +109,7 @@ def train(
     finite; checkpoints stay where they are.
     """
     try:
-        trainer = Trainer(
-            model, arguments, Collator(pad_token_id), dataset, callbacks=[MarkComplete(), Follow(progress)]
-        )
+        trainer = SparseTrainer(model, arguments, Collator(pad_token_id), dataset, [MarkComplete(), Follow(progress)])
     except ValueError as error:
         raise UserError(f"training options: {' '.join(str(error).split())}") from error
     for callback in (PrinterCallback, ProgressCallback):  # both write to standard output

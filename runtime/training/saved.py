@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterConfig, SparseAdapterModel
-from sparse_rt.adapters.effective import Update, Weight
+from sparse_rt.adapters.effective import Update, Weight, WeightShape
 from sparse_rt.adapters.registry import adapter_names, get_adapter
 from sparse_rt.checkpoint import Checkpoint, WeightEntry, read_header, read_json, resolve_model
 from sparse_rt.errors import FormatError, UserError
@@ -89,7 +89,7 @@ class SavedAdapter:
         if reason:
             raise UserError(f"the adapter does not fit {module}: {reason}")
         with torch.device("meta"):
-            expected = layer.new_parameters(self.config, entry.m, entry.n)
+            expected = layer.new_parameters(self.config, WeightShape(entry.m, entry.n, entry.pattern, entry.nnz))
         for name, like in zip(self._parameter_names, expected, strict=True):
             found = tuple(parameters[name].shape) if name in parameters else "nothing"
             if found != tuple(like.shape):

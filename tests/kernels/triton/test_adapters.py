@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import packed_cases
-from sparse_rt.adapters.effective import Update, Weight, adapted_linear
+from sparse_rt.adapters.effective import Update, Weight, WeightShape, adapted_linear
 from sparse_rt.adapters.masklora import MaskLoRAConfig, MaskLoRALayer
 from sparse_rt.adapters.spp import SPPConfig, SPPLayer
 from sparse_rt.kernels import factors, low_rank
@@ -22,7 +22,7 @@ def test_an_adapted_layer_trains_through_its_kernels(device, monkeypatch, case, 
     monkeypatch.setenv("SPARSE_RT_BACKEND", "triton")
     w = packed_cases.weight(*case, torch.float32)
     weight = Weight.of(w.values.to(device), w.metadata.to(device), *w.shape)
-    parameters = [torch.randn_like(p).to(device) for p in layer.new_parameters(config, w.m, w.n)]
+    parameters = [torch.randn_like(p).to(device) for p in layer.new_parameters(config, WeightShape(w.m, w.n, w.pattern, w.values.numel()))]
     x, dy = torch.randn(2, 9, w.n, device=device), torch.randn(2, 9, w.m, device=device)
     calls = []
     for name in set(expected_calls):
