@@ -22,7 +22,8 @@ def test_an_adapted_layer_trains_through_its_kernels(device, monkeypatch, case, 
     monkeypatch.setenv("SPARSE_RT_BACKEND", "triton")
     w = packed_cases.weight(*case, torch.float32)
     weight = Weight.of(w.values.to(device), w.metadata.to(device), *w.shape)
-    parameters = [torch.randn_like(p).to(device) for p in layer.new_parameters(config, WeightShape(w.m, w.n, w.pattern, w.values.numel()))]
+    shape = WeightShape(w.m, w.n, w.pattern, w.values.numel())
+    parameters = [torch.randn_like(p).to(device) for p in layer.new_parameters(config, shape)]
     x, dy = torch.randn(2, 9, w.n, device=device), torch.randn(2, 9, w.m, device=device)
     calls = []
     for name in set(expected_calls):
