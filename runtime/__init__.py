@@ -26,6 +26,7 @@ _LAZY = {
     "load": "sparse_rt.hf.load",
     "SPPConfig": "sparse_rt.adapters.spp",
     "MaskLoRAConfig": "sparse_rt.adapters.masklora",
+    "ValuesConfig": "sparse_rt.adapters.values",
 }
 
 __all__ = [

@@ -107,7 +107,7 @@ class FinetuneOptions(Options):
 
     model: str
     output_dir: Path
-    adapter: str = Field("spp", description="spp or masklora")
+    adapter: str = Field("spp", description="spp, masklora or values")
     dataset: str | None = Field(None, description="training data: .jsonl, .txt, a folder or a hub data set")
     max_seq_len: int = Field(512, ge=2, description="tokens of a training sequence")
     adapter_options: dict[str, Any] = Field({}, description="options of the adapter's config, such as groups or r")

@@ -64,10 +64,14 @@ class WeightShape(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """One block of a weight as an update sees it: ``values`` in the compute dtype and the rows they belong to."""
+    """One block of a weight as an update sees it: ``values`` in the compute dtype and the rows they belong to.
+
+    They begin at ``begin`` in the flattened values of the weight.
+    """
 
     start: int
     stop: int
+    begin: int
     m: int
     n: int
     pattern: str
@@ -77,6 +81,10 @@ class Rows:
     def kept(self, dense: Tensor) -> Tensor:
         """dense [stop - start, n] at the kept positions, in the shape of ``values``; differentiable."""
         return ops.gather(dense, self.metadata, self.pattern, self.stop - self.start, self.n, self.values)
+
+    def part(self, whole: Tensor) -> Tensor:
+        """This block's part of a tensor in the shape of all values; differentiable."""
+        return whole.flatten()[self.begin : self.begin + self.values.numel()].view(self.values.shape)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class Weight:
         shape = get_format(self.pattern).values_shape(block.stop - block.start, self.n, block.end - block.begin)
         values = self.values.detach().flatten()[block.begin : block.end].view(shape).to(dtype)
         metadata = self.metadata.detach()[block.start : block.stop]
-        return Rows(block.start, block.stop, self.m, self.n, self.pattern, values, metadata)
+        return Rows(block.start, block.stop, block.begin, self.m, self.n, self.pattern, values, metadata)
 
 
 def compute_dtype(values: Tensor, updates: Sequence[Update]) -> torch.dtype:

@@ -10,7 +10,12 @@ if TYPE_CHECKING:
     from sparse_rt.adapters.base import SparseAdapterModel
 
 _ADAPTERS: Registry[type[SparseAdapterModel]] = Registry(
-    "adapter", ("sparse_rt.adapters.spp", "sparse_rt.adapters.masklora")
+    "adapter",
+    (
+        "sparse_rt.adapters.spp",
+        "sparse_rt.adapters.masklora",
+        "sparse_rt.adapters.values",
+    ),
 )
 
 

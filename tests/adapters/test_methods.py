@@ -4,11 +4,12 @@ import pytest
 import torch
 
 import helpers
-from sparse_rt import MaskLoRAConfig, SPPConfig
+from sparse_rt import MaskLoRAConfig, SPPConfig, ValuesConfig
 from sparse_rt.adapters import effective
 from sparse_rt.adapters.effective import Update, Weight, adapted_linear, effective_values
 from sparse_rt.adapters.masklora import MaskLoRALayer
 from sparse_rt.adapters.spp import SPPLayer
+from sparse_rt.adapters.values import ValuesLayer
 from sparse_rt.errors import UserError
 from sparse_rt.nn import SparseLinear
 
@@ -99,3 +100,30 @@ def test_training_spp_forms_no_gradient_of_the_values(monkeypatch):
     monkeypatch.setattr(effective.ops, "values_grad", lambda *_: pytest.fail("the values need no gradient"))
     layer(x).sum().backward()
     assert x.grad.any() and layer.spp_B["default"].grad.any()
+
+
+def test_values_are_trained_in_one_pass_each_way(monkeypatch):
+    """The gradient of the values is that of D, and it is written once."""
+    base = base_layer(24, 36, dtype=torch.bfloat16)
+    layer = ValuesLayer(base, "default", ValuesConfig())
+    monkeypatch.setattr(ValuesLayer, "update", lambda *_: pytest.fail("the plain route is not needed"))
+    real, found = effective.ops.values_grad, []
+    monkeypatch.setattr(effective.ops, "values_grad", lambda *a: found.append(real(*a)) or found[-1])
+    x = torch.randn(5, 36, dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    delta = layer.values_delta["default"]
+    assert len(found) == 1 and found[0].dtype == torch.float32
+    assert torch.equal(delta.grad, found[0])
+    # Its shape is that of the values, so a float32 optimizer steps on a master copy of them.
+    assert delta.shape == base.values.shape and delta.grad.any() and x.grad.any()
+
+
+def test_updates_below_the_precision_of_the_values_add_up():
+    base = base_layer(16, 32, dtype=torch.bfloat16)
+    base.weight_values.data.fill_(1)
+    layer = ValuesLayer(base, "default", ValuesConfig())
+    with torch.no_grad():
+        for _ in range(8):
+            layer.values_delta["default"] += 2.0**-10  # half of what bfloat16 can add to 1 is 2^-9
+    layer.merge()
+    assert torch.equal(base.values, torch.full_like(base.values, 1 + 2.0**-7))

@@ -38,7 +38,7 @@ def randomize(model, adapter="default"):
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(f"_B.{adapter}"):
+            if name.endswith((f"_B.{adapter}", f"_delta.{adapter}")):
                 parameter.normal_(std=0.1)
 
 
@@ -201,6 +201,6 @@ def test_other_versions_of_peft_are_refused(monkeypatch):
 
 def test_peft_imported_first_learns_of_the_adapters():
     # The other order is what every other test here does: conftest imports sparse_rt before PEFT.
-    code = "import peft, sparse_rt; print([k.value for k in peft.PEFT_TYPE_TO_TUNER_MAPPING][-2:])"
+    code = "import peft, sparse_rt; print(*(k.value for k in peft.PEFT_TYPE_TO_TUNER_MAPPING))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "['SPP', 'MASKLORA']"
+    assert {name.upper() for name in adapter_names()} <= set(done.stdout.split())

@@ -61,10 +61,10 @@ def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("adapter, loss", [("spp", 0.3), ("masklora", 0.3)])
+@pytest.mark.parametrize("adapter, loss", [("spp", 0.3), ("masklora", 0.3), ("values", 0.3)])
 def test_the_loss_falls_and_the_folder_is_whole(options, tmp_path, adapter, loss):
-    trainer = {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": 0.1 if adapter == "spp" else 0.02}
-    trainer["save_strategy"] = "no"
+    rate = {"spp": 0.1, "masklora": 0.02, "values": 0.005}[adapter]
+    trainer = {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": rate, "save_strategy": "no"}
     result = finetune(options(adapter=adapter, trainer=trainer))
     assert result["last_loss"] < result["first_loss"] - loss
     assert result["steps"] == 40 and len(result["losses"]) == 40 and result["rows"] == 40
@@ -93,7 +93,7 @@ def test_the_run_file_repeats_the_run(options, tmp_path):
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "out")
 
 
-@pytest.mark.parametrize("adapter", ["spp", "masklora"])
+@pytest.mark.parametrize("adapter", ["spp", "masklora", "values"])
 def test_resume_equals_an_uninterrupted_run_to_the_bit(options, tmp_path, adapter):
     # Dropout draws random numbers at every step: resuming must restore the generator, too.
     fields = dict(adapter=adapter, adapter_options={"dropout": 0.1})
@@ -150,7 +150,7 @@ def test_a_diverged_run_stops_and_publishes_nothing(options, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"adapter": "lora"}, "Unknown adapter 'lora'; known are masklora, spp"),
+        ({"adapter": "lora"}, "Unknown adapter 'lora'; known are .*spp"),
         ({"adapter_options": {"group": 4}}, "option of the adapter spp: 'group'; nearest known are groups"),
         ({"adapter_options": {"groups": "many"}}, "groups is a number, got 'many'"),
         ({"adapter_options": {"groups": 7}}, "cut into 7 equal groups"),

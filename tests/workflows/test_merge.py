@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import helpers
-from sparse_rt import MaskLoRAConfig, SPPConfig
+from sparse_rt import MaskLoRAConfig, SPPConfig, ValuesConfig
 from sparse_rt.checkpoint import Checkpoint, file_digest, read_json
 from sparse_rt.config import MergeOptions
 from sparse_rt.errors import CheckFailed, FormatError, UserError
@@ -22,6 +22,7 @@ TOKENS = torch.arange(24).reshape(2, 12)
 CONFIGS = {
     "spp": SPPConfig,
     "masklora": MaskLoRAConfig,
+    "values": ValuesConfig,
     "exact": lambda: SPPConfig(exact=True, dropout=0.1),
 }
 
@@ -32,7 +33,7 @@ def make_adapter(base, folder, config, scale=0.3, **options):
     model = get_peft_model(load(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad and ("_B." in name or "modules_to_save" in name):
+            if parameter.requires_grad and any(part in name for part in ("_B.", "_delta.", "modules_to_save")):
                 parameter.normal_(std=scale)
     model.peft_config["default"].base_digest = base_digest(Checkpoint.open(base))
     model.save_pretrained(folder)
@@ -69,7 +70,9 @@ def options(base, adapter, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("kind, pattern", [("spp", "2:4"), ("masklora", "unstructured"), ("exact", "4:8")])
+@pytest.mark.parametrize(
+    "kind, pattern", [("spp", "2:4"), ("masklora", "unstructured"), ("values", "2:4"), ("exact", "4:8")]
+)
 def test_mask_and_logits_are_those_of_base_and_adapter(dense, options, tmp_path, kind, pattern):
     base = helpers.compress_folder(dense, tmp_path / "base", pattern)
     adapter = make_adapter(base, tmp_path / "adapter", CONFIGS[kind]())
@@ -166,7 +169,7 @@ def test_what_is_no_adapter_of_ours_is_refused(base, dense_llama, options, tmp_p
     with pytest.raises(UserError, match=r"it has no adapter_config\.json"):
         merge(options(adapter=str(base)))
     get_peft_model(load(dense_llama), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
-    with pytest.raises(UserError, match="of the type LORA, which does not keep the mask; known are masklora, spp"):
+    with pytest.raises(UserError, match="of the type LORA, which does not keep the mask; known are .*spp"):
         merge(options(adapter=str(tmp_path / "lora")))
     with pytest.raises(FormatError, match="quant_method"):
         merge(options(model=str(dense_llama)))
