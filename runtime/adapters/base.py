@@ -72,9 +72,10 @@ class AdapterConfig(PeftConfig):
 class AdapterLayer(nn.Module, BaseTunerLayer):
     """The adapters of one ``SparseLinear``; parameters live in one ``ParameterDict`` each, keyed by adapter name."""
 
-    parameter_names: ClassVar[tuple[str, ...]] = ()
     adapter_layer_names: tuple[str, ...] = ()
     other_param_names: tuple[str, ...] = ("adapter_options",)
+    # Whether the base layer is a norm with one vector as its weight, not a SparseLinear.
+    adapts_vectors: ClassVar[bool] = False
 
     def __init__(self, base_layer: SparseLinear, adapter_name: str, config: AdapterConfig):
         super().__init__()
@@ -82,12 +83,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.adapter_options: dict[str, AdapterConfig] = {}
         for name in self.adapter_layer_names:
             self.add_module(name, nn.ParameterDict())
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        if isinstance(base_layer, nn.Linear):
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._active_adapter = adapter_name
         self._blocks = None
-        self._unmerged_values: Tensor | None = None
+        self._unmerged: dict[str, Tensor] = {}
         self.update_layer(adapter_name, config)
 
     @classmethod
@@ -100,6 +102,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Fresh float32 parameters in the order of ``parameter_names``; the adapter must start as the identity."""
         raise NotImplementedError
 
+    @classmethod
+    def parameter_names(cls, config: AdapterConfig) -> tuple[str, ...]:
+        """Those of ``adapter_layer_names`` that an adapter with these options has."""
+        return cls.adapter_layer_names
+
     @staticmethod
     def update(config: AdapterConfig, rows: Rows, *parameters: Tensor) -> Tensor:
         """What the adapter adds to ``rows.values``: same shape, differentiable in the parameters."""
@@ -110,6 +117,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """A faster way to do what ``update`` does, or None."""
         return None
 
+    @staticmethod
+    def dense_change(config: AdapterConfig, name: str, tensor: Tensor, *parameters: Tensor) -> Tensor:
+        """What merging makes of a tensor of the base layer that is not compressed (``bias``), not rounded yet."""
+        return tensor
+
     @classmethod
     def update_of(cls, config: AdapterConfig, parameters: tuple[Tensor, ...]) -> Update:
         """What an adapter with these options and parameters does to a weight."""
@@ -117,12 +129,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add the adapter ``adapter_name`` with fresh parameters, float32, on the device of the values."""
-        device = self.base_layer.values.device
         parameters = self.new_parameters(config, self.shape)
-        for name, parameter in zip(self.adapter_layer_names, parameters, strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(device))
+        for name, parameter in zip(self.parameter_names(config), parameters, strict=True):
+            getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(self.device))
         self.adapter_options[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @property
+    def device(self) -> torch.device:
+        return self.base_layer.values.device
 
     @property
     def shape(self) -> WeightShape:
@@ -137,19 +152,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._blocks is None:
             weight = Weight.of(base.values, base.metadata, base.pattern, self.out_features, self.in_features)
             self._blocks = weight.blocks
-        values = base.values if self._unmerged_values is None else self._unmerged_values.to(base.values.device)
+        values = self._unmerged.get("weight_values", base.values).to(base.values.device)
         return Weight(values, base.metadata, base.pattern, self.out_features, self.in_features, self._blocks)
 
     def updates(self, adapter_names: list[str]) -> list[Update]:
         """The updates of those of ``adapter_names`` that this layer has."""
         return [
-            self.update_of(
-                self.adapter_options[name],
-                tuple(getattr(self, parameters)[name] for parameters in self.adapter_layer_names),
-            )
+            self.update_of(self.adapter_options[name], self.parameters_of(name))
             for name in adapter_names
             if name in self.adapter_options
         ]
+
+    def parameters_of(self, adapter_name: str) -> tuple[Tensor, ...]:
+        """The parameters of one adapter in the order of ``parameter_names``."""
+        names = self.parameter_names(self.adapter_options[adapter_name])
+        return tuple(getattr(self, name)[adapter_name] for name in names)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
@@ -157,6 +174,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.adapter_options]
         if self.disable_adapters or self.merged or not active:
             return self.base_layer(x)
+        return self.adapted(x, active)
+
+    def adapted(self, x: Tensor, active: list[str]) -> Tensor:
+        """The layer's output with the adapters ``active``."""
         alone = [name for name in active if self._needs_branch(name)]
         together = self.updates([name for name in active if name not in alone])
         y = adapted_linear(x, self.compressed(), self.base_layer.bias, together) if together else self.base_layer(x)
@@ -179,22 +200,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         base, merged_adapters = self.base_layer, [*self.merged_adapters, *names]
-        merged = effective_values(self.compressed(), self.updates(merged_adapters))
-        if safe_merge and not bool(torch.isfinite(merged).all()):
+        merged = self.merged_tensors(merged_adapters)
+        if safe_merge and not all(bool(torch.isfinite(tensor).all()) for tensor in merged.values()):
             raise UserError(f"merging {', '.join(names)} gives NaN or Inf; the adapter seems to be broken")
-        if self._unmerged_values is None:
-            self._unmerged_values = base.weight_values.data
-        base.weight_values.data = merged
+        for name, tensor in merged.items():
+            self._unmerged.setdefault(name, getattr(base, name).data)
+            getattr(base, name).data = tensor
         self.merged_adapters = merged_adapters
+
+    def merged_tensors(self, adapter_names: list[str]) -> dict[str, Tensor]:
+        """What merging these adapters makes of the base layer's tensors, by name: from the unmerged ones."""
+        return {"weight_values": effective_values(self.compressed(), self.updates(adapter_names))}
 
     def unmerge(self) -> None:
         """Put the base values back, bit for bit."""
-        if self._unmerged_values is None:
+        if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        values = self.base_layer.weight_values
-        values.data = self._unmerged_values.to(device=values.device, dtype=values.dtype)
-        self._unmerged_values = None
+        for name, before in self._unmerged.items():
+            tensor = getattr(self.base_layer, name)
+            tensor.data = before.to(device=tensor.device, dtype=tensor.dtype)
+        self._unmerged = {}
         self.merged_adapters = []
 
 
@@ -207,6 +233,14 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
     # The default learning rate of `sparse-rt finetune`.
     learning_rate: ClassVar[float]
     target_module_mapping: dict[str, list[str]] = {}
+
+    @classmethod
+    def layer_class(cls, config: AdapterConfig, name: str) -> type[AdapterLayer]:
+        """The class of the adapted layer ``name``, for an adapter that treats its layers differently."""
+        return cls.tuner_layer_cls
+
+    def continue_from_here(self, adapter_name: str) -> None:
+        """Called when the adapter has got the parameters of an earlier one, which a run goes on from."""
 
     def training_parts(self, arguments) -> TrainingParts:
         """What a run with these ``TrainingArguments`` needs besides the parameters; called once they are trainable."""
@@ -225,17 +259,17 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
             )
         targets = peft_config.target_modules
         if targets is None:
-            peft_config.target_modules = _short_names(names, model)
+            peft_config.target_modules = short_names(names, model)
         elif isinstance(targets, str) and targets.lower() == ALL_LINEAR:
             head = _output_embedding_name(model)
-            peft_config.target_modules = _short_names([name for name in names if name != head], model)
+            peft_config.target_modules = short_names([name for name in names if name != head], model)
         for name, module in model.named_modules():
             if ".base_layer" in name or not self._check_target_module_exists(peft_config, name):
                 continue
             self._refuse_target(peft_config, name, module)
 
     def _refuse_target(self, config: AdapterConfig, name: str, module: nn.Module) -> None:
-        layer = module.base_layer if isinstance(module, AdapterLayer) else module
+        layer = base_of(module)
         if not isinstance(layer, SparseLinear):
             if isinstance(module, BaseTunerLayer):
                 raise UserError(f"{name} carries another kind of adapter ({type(module).__name__}); remove it first")
@@ -243,7 +277,7 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
                 f"{config.name} adapts compressed layers, {name} is a {type(layer).__name__}; leave target_modules "
                 "out to adapt all compressed layers, or convert the model so that this layer is compressed"
             )
-        reason = self.tuner_layer_cls.refuse(config, layer.out_features, layer.in_features)
+        reason = self.layer_class(config, name).refuse(config, layer.out_features, layer.in_features)
         if reason:
             raise UserError(f"{config.name} cannot adapt {name}: {reason}")
 
@@ -260,13 +294,17 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
         if isinstance(target, AdapterLayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
-        layer = self.tuner_layer_cls(target, adapter_name, peft_config)
+        layer = self.layer_class(peft_config, current_key)(target, adapter_name, peft_config)
         if adapter_name not in self.active_adapters:  # an additional adapter is not trained until it is activated
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
 
-def _short_names(names: list[str], model: nn.Module) -> set[str]:
+def base_of(module: nn.Module) -> nn.Module:
+    return module.base_layer if isinstance(module, AdapterLayer) else module
+
+
+def short_names(names: list[str], model: nn.Module) -> set[str]:
     """The last parts of ``names`` where they mean the same modules: q_proj instead of one name a layer."""
     short = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}

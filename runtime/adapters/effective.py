@@ -61,6 +61,11 @@ class WeightShape(NamedTuple):
     pattern: str
     nnz: int
 
+    @classmethod
+    def vector(cls, width: int) -> WeightShape:
+        """Of the weight of a norm, which is not compressed."""
+        return cls(width, 1, "dense", width)
+
 
 @dataclass(frozen=True)
 class Rows:

@@ -12,10 +12,10 @@ from peft import PeftConfig
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_rt.adapters.base import AdapterConfig, SparseAdapterModel
+from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
 from sparse_rt.adapters.effective import Update, Weight, WeightShape
 from sparse_rt.adapters.registry import adapter_names, get_adapter
-from sparse_rt.checkpoint import Checkpoint, WeightEntry, read_header, read_json, resolve_model
+from sparse_rt.checkpoint import Checkpoint, read_header, read_json, resolve_model
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite
 
@@ -53,27 +53,36 @@ class SavedAdapter:
         if not path.is_file():
             raise FormatError(f"{path} is missing; the adapter was not copied as a whole")
         read_header(path)  # a truncated or foreign file, in our words
-        names = {name.removeprefix(self.adapter.prefix): name for name in self._parameter_names}
         for key, tensor in load_file(path).items():
             if tensor.is_floating_point():
                 check_finite(key, tensor)
             module, _, last = key.removeprefix(_PREFIX).rpartition(".")
-            if last.removeprefix(self.adapter.prefix) in names and last.startswith(self.adapter.prefix):
+            if last.startswith(self.adapter.prefix) and last in self._parameter_names(module):
                 self.parameters[module][last] = tensor
             else:
                 self.replaced[key.removeprefix(_PREFIX)] = tensor
 
-    @property
-    def _parameter_names(self) -> tuple[str, ...]:
-        return self.adapter.tuner_layer_cls.adapter_layer_names
+    def _parameter_names(self, module: str) -> tuple[str, ...]:
+        return self.layer_class(module).parameter_names(self.config)
+
+    def layer_class(self, module: str) -> type[AdapterLayer]:
+        return self.adapter.layer_class(self.config, module)
 
     def check(self, checkpoint: Checkpoint) -> None:
         """``UserError`` unless every tensor fits ``checkpoint`` and every layer the config names is there."""
+        shapes = {name: WeightShape(w.m, w.n, w.pattern, w.nnz) for name, w in checkpoint.weights.items()}
+        vectors = {
+            name.removesuffix(".weight"): WeightShape.vector(*checkpoint.tensors[name].shape)
+            for name in checkpoint.dense_tensors()
+            if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 1
+        }
         for module, parameters in self.parameters.items():
-            if module not in checkpoint.weights:
-                raise UserError(f"the adapter changes {module}, which is no compressed weight of {checkpoint.folder}")
-            self._check_parameters(module, parameters, checkpoint.weights[module])
-        targeted = {name for name in checkpoint.weights if self.adapter._check_target_module_exists(self.config, name)}
+            known = vectors if self.layer_class(module).adapts_vectors else shapes
+            if module not in known:
+                kind = "weight vector" if known is vectors else "compressed weight"
+                raise UserError(f"the adapter changes {module}, which is no {kind} of {checkpoint.folder}")
+            self._check_parameters(module, parameters, known[module])
+        targeted = {name for name in (*shapes, *vectors) if self.adapter._check_target_module_exists(self.config, name)}
         for module in sorted(targeted - self.parameters.keys()):
             raise FormatError(f"{WEIGHTS_NAME} lacks {module}, which target_modules names; it is incomplete")
         for name, tensor in self.replaced.items():
@@ -83,26 +92,36 @@ class SavedAdapter:
                     f"the adapter's tensor {name} {tuple(tensor.shape)} has no counterpart in {checkpoint.folder}"
                 )
 
-    def _check_parameters(self, module: str, parameters: dict[str, Tensor], entry: WeightEntry) -> None:
-        layer = self.adapter.tuner_layer_cls
-        reason = layer.refuse(self.config, entry.m, entry.n)
+    def _check_parameters(self, module: str, parameters: dict[str, Tensor], shape: WeightShape) -> None:
+        layer = self.layer_class(module)
+        reason = layer.refuse(self.config, shape.m, shape.n)
         if reason:
             raise UserError(f"the adapter does not fit {module}: {reason}")
         with torch.device("meta"):
-            expected = layer.new_parameters(self.config, WeightShape(entry.m, entry.n, entry.pattern, entry.nnz))
-        for name, like in zip(self._parameter_names, expected, strict=True):
+            expected = layer.new_parameters(self.config, shape)
+        for name, like in zip(self._parameter_names(module), expected, strict=True):
             found = tuple(parameters[name].shape) if name in parameters else "nothing"
             if found != tuple(like.shape):
                 raise UserError(
-                    f"the adapter has {found} for {name} of {module} ({entry.m}, {entry.n}), expected "
+                    f"the adapter has {found} for {name} of {module} ({shape.m}, {shape.n}), expected "
                     f"{tuple(like.shape)}; it belongs to another model or is damaged"
                 )
 
     def update(self, module: str) -> Update:
         """What the adapter does to the weight of ``module``."""
-        layer = self.adapter.tuner_layer_cls
-        parameters = tuple(self.parameters[module][name] for name in self._parameter_names)
-        return layer.update_of(self.config, parameters)
+        return self.layer_class(module).update_of(self.config, self._of(module))
+
+    def dense(self, name: str, stored: Tensor) -> Tensor:
+        """The dense tensor ``name`` as merging leaves it, not rounded to the dtype of ``stored`` yet."""
+        if name in self.replaced:
+            return self.replaced[name].to(stored.dtype)
+        module, _, tensor = name.rpartition(".")
+        if module not in self.parameters:
+            return stored
+        return self.layer_class(module).dense_change(self.config, tensor, stored, *self._of(module))
+
+    def _of(self, module: str) -> tuple[Tensor, ...]:
+        return tuple(self.parameters[module][name] for name in self._parameter_names(module))
 
 
 def compressed_weight(checkpoint: Checkpoint, name: str) -> Weight:

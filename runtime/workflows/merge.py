@@ -104,10 +104,9 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
         writer.add_weight(name, entry.pattern, entry.m, entry.n, values, metadata)
         changed, total = changed + moved, total + values.numel()
     for name in checkpoint.dense_tensors():
-        tensor = adapter.replaced.get(name)
         stored = checkpoint.load(name)
-        tensor = stored if tensor is None else tensor.to(stored.dtype)
-        writer.add(name, tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor)
+        tensor = adapter.dense(name, stored)
+        writer.add(name, tensor.to(dtype or stored.dtype) if tensor.is_floating_point() else tensor)
     writer.flush()
     about = _about(options, checkpoint, adapter)
     copy_small_files(checkpoint.folder, partial)
