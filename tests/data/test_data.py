@@ -16,25 +16,10 @@ ALPACA = {"instruction": "Add", "input": "1 2", "output": "3"}
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return load_tokenizer(assets.model_dir())
-
-
-@pytest.fixture(scope="module")
 def chat_tokenizer():
     tokenizer = load_tokenizer(assets.model_dir())
     tokenizer.chat_template = TEMPLATE
     return tokenizer
-
-
-@pytest.fixture
-def jsonl(tmp_path):
-    def write(*rows, name="rows.jsonl"):
-        path = tmp_path / name
-        path.write_text("\n".join(json.dumps(row) for row in rows))
-        return path
-
-    return write
 
 
 def test_text_file_is_one_text(tmp_path):
