@@ -12,7 +12,7 @@ product's own commands. Budgets are those of LoRA with rank 8: SPP with 16 group
 ``values`` trains every kept weight, DCFT one vector a pair.
 
     spp, masklora, seft, dcft, values    adapters on the compressed weights, merged with `merge`
-    lora-remask                          PEFT's LoRA on the same weights stored densely; the mask is applied after merging
+    lora-remask                          PEFT's LoRA on the same weights stored densely, mask applied after merging
     reconstruct                          `convert --reconstruct`: no training text, the calibration text block by block
 
 The learning rate of a method is the best of four (``MULTIPLES`` of its default) on one base, with a seed and a part of

@@ -17,7 +17,7 @@ from peft import PeftConfig, PeftType
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from sparse_rt.adapters.effective import Fused, Rows, Update, Weight, WeightShape, adapted_linear, effective_values
+from sparse_rt.adapters.effective import Fused, Rows, Update, Weight, WeightShape, adapted_linear, merged_values
 from sparse_rt.adapters.parts import TrainingParts
 from sparse_rt.adapters.peft_hooks import ReplaceWithoutWeight
 from sparse_rt.errors import UserError
@@ -193,7 +193,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the effective values into the base layer; the metadata is not touched.
 
-        Rounds once, from the unmerged values and all merged adapters together, so the order of merges does not matter.
+        In float64 and rounded once, from the unmerged values and all merged adapters together, so the order of merges
+        does not matter.
         ``safe_merge`` raises ``UserError`` for NaN or Inf and leaves the layer as it was.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapter_options]
@@ -210,7 +211,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def merged_tensors(self, adapter_names: list[str]) -> dict[str, Tensor]:
         """What merging these adapters makes of the base layer's tensors, by name: from the unmerged ones."""
-        return {"weight_values": effective_values(self.compressed(), self.updates(adapter_names))}
+        return {"weight_values": merged_values(self.compressed(), self.updates(adapter_names))}
 
     def unmerge(self) -> None:
         """Put the base values back, bit for bit."""

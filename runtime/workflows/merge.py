@@ -122,13 +122,13 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
 
 def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int]:
     """(merged values, metadata, how many values differ from the base); ``CheckFailed`` for NaN or Inf."""
-    from sparse_rt.adapters.effective import effective_values
+    from sparse_rt.adapters.effective import merged_values
     from sparse_rt.training.saved import compressed_weight
 
     weight = compressed_weight(checkpoint, name)
     target = dtype or weight.values.dtype
     plain = weight.values.to(target)
-    values = effective_values(weight, [adapter.update(name)], target) if name in adapter.parameters else plain
+    values = merged_values(weight, [adapter.update(name)], target) if name in adapter.parameters else plain
     if not bool(torch.isfinite(values).all()):
         raise CheckFailed(
             f"merging gives NaN or Inf in {name} as {str(target).removeprefix('torch.')}; nothing was written, "
