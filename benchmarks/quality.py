@@ -1,11 +1,11 @@
 """Perplexity of the shipped model: dense, pruned, and repaired by every method with the same training tokens.
 
     cd benchmarks
-    python quality.py --output results/quality.jsonl --workdir /tmp/quality --tune   # learning rates, about 25 minutes
-    python quality.py --output results/quality.jsonl --workdir /tmp/quality          # the cells, about 80 core-minutes
+    python quality.py --output results/quality.jsonl --workdir /tmp/quality --tune   # learning rates, about 12 minutes
+    python quality.py --output results/quality.jsonl --workdir /tmp/quality          # the cells, about 70 core-minutes
     python quality_report.py results/quality.jsonl --plot results/quality.png
 
-Every cell prunes (Wanda or SparseGPT at 2:4, 50, 60 or 70 %), trains for ``--steps`` steps of 8 sequences of 256 tokens
+Every cell prunes (Wanda or SparseGPT at 2:4, 50, 60 or 70 %), trains for ``--steps`` steps of 4 sequences of 256 tokens
 of the shipped fine-tuning text, merges, and measures the *merged, compressed* model on the held-out text in windows of
 512 tokens (the last three quarters of it; the first chooses learning rates). Everything but LoRA goes through the
 product's own commands. Budgets are those of LoRA with rank 8: SPP with 16 groups, MaskLoRA and SEFT of rank 8.
@@ -120,7 +120,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 @click.option("--tune", is_flag=True, help="try the learning rates instead of running the cells")
 @click.option("--method", "names", multiple=True, type=click.Choice(methods.METHODS), help="default: all")
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
-@click.option("--steps", default=60, show_default=True)
+@click.option("--steps", default=64, show_default=True)
 @click.option("--part", default="0/1", help="this process takes every k-th cell: INDEX/COUNT")
 def main(output: Path, workdir: Path, tune: bool, names: tuple[str, ...], seeds, steps: int, part: str) -> None:
     torch.set_num_threads(1)

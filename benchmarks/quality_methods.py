@@ -28,7 +28,7 @@ METHODS = (*TRAINED, "reconstruct")
 # The parameters of LoRA with rank 8; DCFT and values have no such choice.
 ADAPTER_OPTIONS: dict[str, dict[str, Any]] = {"spp": {"groups": 16}, "masklora": {"r": 8}, "seft": {"rank": 8}}
 LORA_RANK, LORA_ALPHA = 8, 16
-BATCH, LENGTH, CONTEXT = 8, 256, 512
+BATCH, LENGTH, CONTEXT = 4, 256, 512
 CALIBRATION = {"num_samples": 128, "max_seq_len": 512}
 # The first of so many windows of the held-out text choose learning rates, the others are the table's.
 VALIDATION_WINDOWS = 25
