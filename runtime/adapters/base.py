@@ -233,6 +233,9 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
     tuner_layer_cls: type[AdapterLayer]
     # The default learning rate of `sparse-rt finetune`.
     learning_rate: ClassVar[float]
+    # Why the parameters cannot be split over processes (FSDP2), or None. An adapter with an optimizer or callbacks of
+    # its own is refused anyway.
+    sharding_refusal: ClassVar[str | None] = None
     target_module_mapping: dict[str, list[str]] = {}
 
     @classmethod

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from sparse_rt.checkpoint import read_json, write_json
@@ -75,8 +76,10 @@ class MarkComplete(TrainerCallback):
     """Marks a checkpoint once the Trainer has written all of it."""
 
     def on_save(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized():  # every process writes its random numbers into the checkpoint
+            torch.distributed.barrier()
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            for file in folder.iterdir():
+            for file in folder.rglob("*"):
                 fsync(file)
             (folder / COMPLETE_NAME).touch()

@@ -33,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     # A loss of NaN must be seen: the run stops there.
     "logging_nan_inf_filter": False,
 }
+# Added when there is something to evaluate on: before the first step, ten times on the way, and at the end.
+EVALUATION: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval_on_start": True}
 # Names of TrainingArguments that have a place of their own.
 _ELSEWHERE = {"output_dir": "--output-dir", "seed": "--seed", "resume_from_checkpoint": "--resume"}
 # Set by the adapter or by PEFT, not by the user.
@@ -48,23 +50,26 @@ def adapter_config(adapter: type[SparseAdapterModel], options: dict[str, Any]) -
     return adapter.config_cls(task_type="CAUSAL_LM", **typed)
 
 
-def training_arguments(folder: Path, adapter: type[SparseAdapterModel], seed: int, options: dict[str, Any]):
+def training_arguments(
+    folder: Path, adapter: type[SparseAdapterModel], seed: int, options: dict[str, Any], evaluates: bool = False
+):
     """``TrainingArguments`` from the user's options over our defaults; ``UserError`` names what is wrong."""
     known = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in options.keys() & _ELSEWHERE.keys():
         raise UserError(f"training option {name!r} is set with {_ELSEWHERE[name]}")
     _refuse_unknown(options, known.keys() - _ELSEWHERE.keys(), "training option")
     typed = {name: _typed(name, value, known[name].type) for name, value in options.items()}
-    merged = {**DEFAULTS, "learning_rate": adapter.learning_rate, **typed}
+    merged = resolved(adapter, typed, evaluates)
     try:
         return TrainingArguments(output_dir=str(folder), seed=seed, **merged)
     except (ValueError, TypeError, ImportError) as error:
         raise UserError(f"training options: {' '.join(str(error).split())}") from error
 
 
-def resolved(adapter: type[SparseAdapterModel], options: dict[str, Any]) -> dict[str, Any]:
+def resolved(adapter: type[SparseAdapterModel], options: dict[str, Any], evaluates: bool = False) -> dict[str, Any]:
     """The training options as a run file shows them: ours where the user gave none."""
-    return {**DEFAULTS, "learning_rate": adapter.learning_rate, **options}
+    evaluation = EVALUATION if evaluates else {}
+    return {**DEFAULTS, "learning_rate": adapter.learning_rate, **evaluation, **options}
 
 
 def _refuse_unknown(options: dict[str, Any], known, what: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_rt.optional import available
-from sparse_rt.report import duration, size
+from sparse_rt.report import duration, size, write_json
 
 _CARD = """# {title}
 
@@ -31,7 +31,7 @@ sparse-rt merge {base} path/to/{title} -o {title}-merged
 ```
 
 folds it into the compressed values and proves mask and logits first. `run.yaml` repeats the training,
-`trainer_state.json` holds its log.
+`trainer_state.json` holds its log, `metrics.json` the figures above.
 """
 
 
@@ -49,6 +49,7 @@ def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> N
         "data": result["dataset"],
         "steps": f"{result['steps']:,} ({result['rows']:,} rows)",
         "loss": f"{result['first_loss']:.4f} over the first tenth of the log, {result['last_loss']:.4f} over the last",
+        **_evaluation(result),
         "training time": f"{duration(result['seconds'])} on {result['device']}",
         "tokens a second": f"{result['tokens_per_second']:.0f}",
         "peak memory": size(result["peak_memory_bytes"]),
@@ -60,6 +61,18 @@ def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> N
     )
 
 
+def _evaluation(result: dict[str, Any]) -> dict[str, str]:
+    if "eval_loss" not in result:
+        return {}
+    rows = f"{result['eval_rows']:,} rows that were not trained on"
+    return {"evaluation loss": f"{result['eval_loss_before']:.4f} before, {result['eval_loss']:.4f} after, on {rows}"}
+
+
+def write_metrics(folder: Path, result: dict[str, Any]) -> None:
+    """metrics.json: every figure of the run, as the workflow returns them."""
+    write_json(folder / "metrics.json", result)
+
+
 def write_run_file(folder: Path, options: dict[str, Any]) -> None:
     """run.yaml: every option of the run with its value, as ``--config`` reads it."""
     import yaml
@@ -67,7 +80,7 @@ def write_run_file(folder: Path, options: dict[str, Any]) -> None:
     (folder / "run.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
 
 
-def write_loss_curve(folder: Path, losses: list[tuple[int, float]]) -> bool:
+def write_loss_curve(folder: Path, losses: list[tuple[int, float]], eval_losses: list[tuple[int, float]] = ()) -> bool:
     """loss.png, when matplotlib is installed; says whether it was."""
     if not available("matplotlib"):
         return False
@@ -77,9 +90,12 @@ def write_loss_curve(folder: Path, losses: list[tuple[int, float]]) -> bool:
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.plot(*zip(*losses, strict=True), color="#3b6ea5", linewidth=1.2)
+    axes.plot(*zip(*losses, strict=True), color="#3b6ea5", linewidth=1.2, label="training")
+    if eval_losses:
+        axes.plot(*zip(*eval_losses, strict=True), color="#c0504d", marker=".", linewidth=1.2, label="evaluation")
+        axes.legend(frameon=False)
     axes.set_xlabel("step")
-    axes.set_ylabel("training loss (nats a token)")
+    axes.set_ylabel("loss (nats a token)")
     axes.grid(alpha=0.3)
     figure.savefig(folder / "loss.png", dpi=130)
     return True

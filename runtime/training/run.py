@@ -17,13 +17,13 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from sparse_rt.adapters.base import AdapterConfig
+from sparse_rt.data.training import IGNORED
 from sparse_rt.errors import SparseRTError, UserError
 from sparse_rt.progress import Progress
+from sparse_rt.training import sharding
 from sparse_rt.training.checkpoints import MarkComplete
+from sparse_rt.training.dataset import TrainingData
 from sparse_rt.training.trainer import SparseTrainer
-
-# Label of padding: the loss of transformers leaves it out.
-IGNORED = -100
 
 
 def attach(model, config: AdapterConfig, base: str, revision: str | None, digest: str):
@@ -37,15 +37,20 @@ def attach(model, config: AdapterConfig, base: str, revision: str | None, digest
 
 
 class Collator:
-    """input_ids, labels, attention_mask of a batch, int64 [batch, length]: padded on the right to the longest row."""
+    """input_ids, labels and attention_mask or position_ids of a batch, int64 [batch, length]: padded on the right.
+
+    Packed rows have no mask: attention is cut where positions start again, and every token of their padding, at the
+    position 0, is a text of its own.
+    """
 
     def __init__(self, pad_token_id: int):
-        self.padding = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+        self.padding = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0, "position_ids": 0}
 
     def __call__(self, rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
         return {
             name: pad_sequence([torch.tensor(row[name]) for row in rows], batch_first=True, padding_value=value)
             for name, value in self.padding.items()
+            if name in rows[0]
         }
 
 
@@ -74,10 +79,11 @@ class Follow(TrainerCallback):
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run. ``losses`` are (step, loss) of the whole run, also before a resume; times are of this process."""
+    """A finished run. Losses are (step, loss) of the whole run, also before a resume; times are of this process."""
 
     trainer: Trainer
     losses: list[tuple[int, float]]
+    eval_losses: list[tuple[int, float]]
     steps: int
     tokens: int
     seconds: float
@@ -90,6 +96,13 @@ class Trained:
     def last_loss(self) -> float:
         return _mean(self.losses[-self._tenth :])
 
+    def evaluation(self) -> dict[str, Any]:
+        """The evaluation losses as a result shows them; nothing where there was no evaluation."""
+        if not self.eval_losses:
+            return {}
+        first, last = self.eval_losses[0][1], self.eval_losses[-1][1]
+        return {"eval_loss_before": first, "eval_loss": last, "eval_losses": self.eval_losses}
+
     @property
     def _tenth(self) -> int:
         # Not the first and the last entry: single batches differ by more than a short training gains.
@@ -100,16 +113,19 @@ def _mean(losses: list[tuple[int, float]]) -> float:
     return sum(loss for _, loss in losses) / len(losses)
 
 
-def train(
-    model, dataset, pad_token_id: int, arguments: TrainingArguments, checkpoint: Path | None, progress
-) -> Trained:
+def train(model, data: TrainingData, arguments: TrainingArguments, checkpoint: Path | None, progress) -> Trained:
     """Train from the beginning, or go on from ``checkpoint``, to the end of the schedule.
 
     Raises ``UserError`` for options the Trainer refuses, ``SparseRTError`` when the loss or the adapter stops being
     finite; checkpoints stay where they are.
     """
+    callbacks = [MarkComplete(), Follow(progress)]
     try:
-        trainer = SparseTrainer(model, arguments, Collator(pad_token_id), dataset, [MarkComplete(), Follow(progress)])
+        trainer = SparseTrainer(
+            model, arguments, Collator(data.pad_token_id), data.train, callbacks, eval_dataset=data.evaluation
+        )
+    except UserError:
+        raise
     except ValueError as error:
         raise UserError(f"training options: {' '.join(str(error).split())}") from error
     for callback in (PrinterCallback, ProgressCallback):  # both write to standard output
@@ -118,11 +134,17 @@ def train(
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = time.perf_counter() - start
-    _refuse_broken(model)
-    losses = [(entry["step"], entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
-    if not losses:
-        losses = [(trainer.state.global_step, trainer.state.log_history[-1]["train_loss"])]
-    return Trained(trainer, losses, trainer.state.global_step, trainer.state.num_input_tokens_seen - before, seconds)
+    _refuse_broken(trainer)
+    evaluated = [step for step, _ in _logged(trainer, "eval_loss")]
+    if data.evaluation is not None and evaluated[-1:] != [trainer.state.global_step]:
+        trainer.evaluate()
+    losses = _logged(trainer, "loss") or [(trainer.state.global_step, trainer.state.log_history[-1]["train_loss"])]
+    tokens = trainer.state.num_input_tokens_seen - before
+    return Trained(trainer, losses, _logged(trainer, "eval_loss"), trainer.state.global_step, tokens, seconds)
+
+
+def _logged(trainer: Trainer, name: str) -> list[tuple[int, float]]:
+    return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
 
 
 def trainable_parameters(model) -> int:
@@ -135,10 +157,14 @@ def _tokens_before(checkpoint: Path | None) -> int:
     return TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).num_input_tokens_seen
 
 
-def _refuse_broken(model) -> None:
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):
-            raise SparseRTError(f"training left NaN or Inf in {name}; lower learning_rate and start again")
+def _refuse_broken(trainer: Trainer) -> None:
+    parameters = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    broken = next((name for name, parameter in parameters if not sharding.all_finite(parameter)), None)
+    # One process may see it and another not: all of them stop, or the rest would wait for ever.
+    found = trainer.accelerator.reduce(torch.tensor(int(broken is not None), device=trainer.args.device))
+    if found:
+        name = broken or "the part of another process"
+        raise SparseRTError(f"training left NaN or Inf in {name}; lower learning_rate and start again")
 
 
 def peak_memory() -> dict[str, Any]:

@@ -1,13 +1,16 @@
-"""transformers' Trainer with what sparse training adds to the loss: an adapter's penalties, and a dense teacher."""
+"""transformers' Trainer with what sparse training adds: an adapter's penalties, a dense teacher, packed rows, FSDP2."""
 
 from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers import Trainer
 
 from sparse_rt.adapters.parts import TrainingParts
+from sparse_rt.data.training import IGNORED
+from sparse_rt.training import sharding
 
 
 class Distillation(Protocol):
@@ -36,7 +39,12 @@ class ExtraLoss:
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
             if self.distillation is not None:
-                loss = self.distillation.combine(loss, inputs, outputs, num_items_in_batch)
+                items = num_items_in_batch
+                if items is not None and self.args.average_tokens_across_devices:
+                    # The Trainer counts the tokens of all processes and multiplies the loss by their number, because
+                    # the gradients are averaged: this is the number to divide a sum of this process by.
+                    items = items / self.accelerator.num_processes
+                loss = self.distillation.combine(loss, inputs, outputs, items)
             for penalty in self.parts.penalties:
                 # With num_items_in_batch the Trainer sums over micro-batches and divides nothing afterwards.
                 share = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
@@ -45,16 +53,60 @@ class ExtraLoss:
 
 
 class SparseTrainer(ExtraLoss, Trainer):
-    """``Trainer`` for an adapted model; the adapter's own callbacks and optimizer are already in place."""
+    """``Trainer`` for an adapted model; the adapter's own callbacks and optimizer are already in place.
 
-    def __init__(self, model, arguments, collator, dataset, callbacks=(), distillation: Distillation | None = None):
+    The evaluation loss is the mean over all predicted tokens, however they are batched, padded or packed.
+    """
+
+    def __init__(
+        self,
+        model,
+        arguments,
+        collator,
+        dataset,
+        callbacks=(),
+        distillation: Distillation | None = None,
+        eval_dataset=None,
+    ):
         self.parts = model.base_model.training_parts(arguments)
         self.distillation = distillation
+        self._eval_sums: list[Tensor] = []
+        options = arguments.gradient_checkpointing_kwargs or {}
+        if arguments.gradient_checkpointing and options.get("use_reentrant"):
+            # That kind of checkpoint has a gradient only where its input has one; the embeddings are frozen.
+            model.enable_input_require_grads()
         super().__init__(
             model,
             arguments,
             collator,
             dataset,
+            eval_dataset=eval_dataset,
             callbacks=[*callbacks, *self.parts.callbacks],
             optimizers=(self.parts.optimizer, None),
         )
+        sharding.prepare(self, model.base_model)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if found[0] is not None:
+            # The loss of a batch is a mean over its tokens, here over those of all processes together.
+            tokens = self.accelerator.reduce((inputs["labels"][:, 1:] != IGNORED).sum(), "sum")
+            loss = self.accelerator.reduce(found[0].double(), "mean")
+            self._eval_sums.append(torch.stack([loss * tokens, tokens.double()]))
+        return found
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **options):
+        self._eval_sums = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        name = f"{metric_key_prefix}_loss"
+        if name in output.metrics and self._eval_sums:
+            total, tokens = torch.stack(self._eval_sums).sum(0).tolist()
+            output.metrics[name] = total / tokens
+        return output
+
+    def _track_num_input_tokens(self, inputs):
+        if "attention_mask" not in inputs and "position_ids" in inputs:  # packed: padding repeats the position 0
+            positions = inputs["position_ids"]
+            following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
+            inputs = {**inputs, "attention_mask": (positions > 0) | (following == 1)}
+        super()._track_num_input_tokens(inputs)

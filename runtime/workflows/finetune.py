@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -67,18 +66,21 @@ def _run(
 
     from sparse_rt.adapters.registry import get_adapter
     from sparse_rt.hf.load import load
-    from sparse_rt.training import checkpoints, digest, run
+    from sparse_rt.training import checkpoints, digest, run, sharding
+    from sparse_rt.training.dataset import refuse_leaking, training_data
     from sparse_rt.training.options import adapter_config, training_arguments
 
     adapter = get_adapter(options.adapter)
     config = adapter_config(adapter, options.adapter_options)
-    arguments = training_arguments(work, adapter, options.seed, options.trainer)
+    evaluates = options.eval_dataset is not None or options.eval_fraction > 0
+    arguments = training_arguments(work, adapter, options.seed, options.trainer, evaluates)
     progress.stage("reading data")
     if options.dataset is None:
         progress.note("no dataset given: training on the Python sources that ship with sparse-rt, meant for trying out")
-    dataset, pad_token_id, length = _data(options, checkpoint, progress)
-    digests = {"base": digest.base_digest(checkpoint), "data": _rows_digest(dataset)}
-    resumed = checkpoints.prepare(work, _identity(options, length, digests), options.resume, partial is not None)
+    data = training_data(options, checkpoint, progress)
+    digests = {"base": digest.base_digest(checkpoint), "data": data.digest}
+    identity = _identity(options, data.max_seq_len, digests)
+    resumed = checkpoints.prepare(work, identity, options.resume, partial is not None)
     if resumed is not None:
         progress.note(f"resuming from {resumed.name}")
     elif options.resume:
@@ -86,19 +88,23 @@ def _run(
     progress.stage("loading the model")
     set_seed(options.seed)
     model = run.attach(load(checkpoint.folder), config, _base_name(options), options.revision, digests["base"])
-    trained = run.train(model, dataset, pad_token_id, arguments, resumed, progress)
-    trained.trainer.save_model(str(work / "final"))
+    if options.packing:
+        refuse_leaking(model)
+    trained = run.train(model, data, arguments, resumed, progress)
+    sharding.save_adapter(trained.trainer, work / "final")
     result = {
         "model": options.model,
         "adapter": options.adapter,
         "dataset": options.dataset or "shipped fine-tuning text",
-        "rows": len(dataset),
+        "rows": len(data.train),
+        "eval_rows": len(data.evaluation) if data.evaluation is not None else 0,
         "base_digest": digests["base"],
         "trainable_parameters": run.trainable_parameters(model),
         "steps": trained.steps,
         "first_loss": round(trained.first_loss, 6),
         "last_loss": round(trained.last_loss, 6),
         "losses": trained.losses,
+        **trained.evaluation(),
         "tokens": trained.tokens,
         "seconds": round(trained.seconds, 3),
         "tokens_per_second": round(trained.tokens / trained.seconds, 1),
@@ -107,35 +113,8 @@ def _run(
         "resumed_from": resumed.name if resumed else None,
     }
     if partial is not None:
-        _write(partial, options, adapter, length, trained, result, work)
+        _write(partial, options, data.max_seq_len, trained, result, work)
     return result
-
-
-def _data(options: FinetuneOptions, checkpoint: Checkpoint, progress: Progress):
-    """(dataset, id that pads, tokens of a row): rows are no longer than the model has positions."""
-    from sparse_rt.data import training_dataset
-    from sparse_rt.hf.load import load_tokenizer
-
-    try:
-        tokenizer = load_tokenizer(checkpoint.folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{options.model} has no tokenizer that loads ({reason}); copy its tokenizer files") from error
-    length = options.max_seq_len
-    positions = checkpoint.config.get("max_position_embeddings")
-    if isinstance(positions, int) and positions < length:
-        progress.note(f"sequences have {positions} tokens: the model has no more positions")
-        length = positions
-    padding = [tokenizer.pad_token_id, tokenizer.eos_token_id, 0]
-    pad_token_id = next(token for token in padding if token is not None)
-    return training_dataset(options.dataset, tokenizer, length, options.seed), pad_token_id, length
-
-
-def _rows_digest(dataset) -> str:
-    """Digest of the rows whatever their order, which belongs to the seed."""
-    rows = dataset.with_format("numpy", columns=["input_ids"])
-    digests = sorted(hashlib.sha256(row["input_ids"].tobytes()).digest() for row in rows)
-    return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def _identity(options: FinetuneOptions, length: int, digests: dict[str, str]) -> dict[str, Any]:
@@ -157,8 +136,9 @@ def _base_name(options: FinetuneOptions) -> str:
     return str(path.resolve()) if path.is_dir() else options.model
 
 
-def _write(partial: Path, options: FinetuneOptions, adapter, length: int, trained, result, work: Path) -> None:
+def _write(partial: Path, options: FinetuneOptions, length: int, trained, result, work: Path) -> None:
     """Fill the adapter folder; it is renamed into place after this."""
+    from sparse_rt.adapters.registry import get_adapter
     from sparse_rt.training import record
     from sparse_rt.training.options import resolved
 
@@ -166,7 +146,9 @@ def _write(partial: Path, options: FinetuneOptions, adapter, length: int, traine
         shutil.copyfile(work / "final" / name, partial / name)
     trained.trainer.state.save_to_json(str(partial / "trainer_state.json"))
     told = options.model_dump(mode="json", exclude={"resume", "overwrite"})
-    told |= {"max_seq_len": length, "trainer": resolved(adapter, options.trainer)}
+    adapter, evaluates = get_adapter(options.adapter), bool(trained.eval_losses)
+    told |= {"max_seq_len": length, "trainer": resolved(adapter, options.trainer, evaluates)}
     record.write_run_file(partial, told)
     record.write_card(partial, options.output_dir.name, options.model, result)
-    record.write_loss_curve(partial, trained.losses)
+    record.write_metrics(partial, result)
+    record.write_loss_curve(partial, trained.losses, trained.eval_losses)

@@ -19,7 +19,8 @@ from sparse_rt.progress import Progress
 from sparse_rt.workflows.finetune import finetune
 
 TRAINER = {"max_steps": 9, "per_device_train_batch_size": 2, "save_steps": 3, "learning_rate": 0.01}
-FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "run.yaml", "trainer_state.json"]
+FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "loss.png", "metrics.json", "run.yaml"]
+FILES += ["trainer_state.json"]
 
 
 @pytest.fixture(scope="module")
