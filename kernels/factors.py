@@ -16,6 +16,7 @@ from torch import Tensor
 from sparse_rt.kernels.backends import FORCE_VARIABLE, Call
 from sparse_rt.kernels.native import gradient
 from sparse_rt.kernels.native import ops as native
+from sparse_rt.kernels.triton import dispatch
 from sparse_rt.kernels.triton import ops as triton
 
 
@@ -52,7 +53,10 @@ def gradients(
 
 
 def refusal(pattern: str, m: int, n: int, *tensors: Tensor) -> str | None:
-    """Why these kernels do not take a weight (m, n) with these values, inputs or results; None: they do."""
+    """Why these kernels do not take a weight (m, n); None: they do.
+
+    tensors: the values and the result of ``apply``, or the values, x and dy of ``gradients``.
+    """
     name = _name(tensors[0])
     forced = os.environ.get(FORCE_VARIABLE)
     if forced and forced != name:
@@ -62,6 +66,10 @@ def refusal(pattern: str, m: int, n: int, *tensors: Tensor) -> str | None:
         reason = can_run(Call("values_grad", pattern, m, n, 0, tensor.dtype, tensor.device.type))
         if reason:
             return reason
+    if name == "triton" and len(tensors) == 3:
+        values, x, dy = tensors
+        if not triton.takes_gradient("factors_grad", dy, x, values, pattern, m, n):
+            return dispatch.refusal("factors_grad")
     if name == "native" and not gradient.can_run(*tensors):
         return "this processor has no tile kernels"
     return None

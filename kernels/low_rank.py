@@ -12,6 +12,7 @@ import os
 from torch import Tensor
 
 from sparse_rt.kernels.backends import FORCE_VARIABLE, Call
+from sparse_rt.kernels.triton import dispatch
 from sparse_rt.kernels.triton import ops as triton
 
 
@@ -25,9 +26,14 @@ def gradients(
 
 
 def refusal(pattern: str, m: int, n: int, *tensors: Tensor) -> str | None:
-    """Why this kernel does not take a weight (m, n) with these values and inputs; None: it does."""
+    """Why this kernel does not take a weight (m, n); None: it does. tensors: the values, x and dy (or some of them)."""
     forced = os.environ.get(FORCE_VARIABLE)
     if forced and forced != "triton":
         return f"{FORCE_VARIABLE}={forced}"
     calls = (Call("values_grad", pattern, m, n, 0, tensor.dtype, tensor.device.type) for tensor in tensors)
-    return next((reason for reason in map(triton.can_run, calls) if reason), None)
+    reason = next((reason for reason in map(triton.can_run, calls) if reason), None)
+    if reason is None and len(tensors) == 3:
+        values, x, dy = tensors
+        if not triton.takes_gradient("rank_products", dy, x, values, pattern, m, n):
+            return dispatch.refusal("rank_products")
+    return reason

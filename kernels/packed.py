@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import torch
@@ -44,14 +45,32 @@ def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None, m: int, n: int
         raise BackendError(str(error).partition("\n")[0]) from error
 
 
-def refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str = "cpu") -> str | None:
-    """None when such a weight can be packed here, otherwise the reasons."""
-    choice = explain(Call("packed_linear", pattern, m, n, 1, dtype, device), os.environ.get(FORCE_VARIABLE) or None)
-    if choice.backend is None:
-        return "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+def refusal(
+    pattern: str, m: int, n: int, dtype: torch.dtype, device: str = "cpu", sparsity: float | None = None
+) -> str | None:
+    """None when such a weight can be packed here, otherwise the reasons.
+
+    With its ``sparsity``: also why it should not be, because no kernel that reads the layout is used on this device.
+    """
+    call, forced = Call("packed_linear", pattern, m, n, 1, dtype, device), os.environ.get(FORCE_VARIABLE) or None
+    reason = (_known_refusal if device == "cuda" else _refusal)(call, forced)
+    if reason is not None:
+        return reason
     if device == "cuda" and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph is being captured, and packing waits for the GPU; pack before (sparse_rt.nn.pack_weights)"
-    return None
+    if sparsity is None:
+        return None
+    layout, reason = choose_layout(pattern, dtype, sparsity, device, (m, n))
+    return reason if layout is None else None
+
+
+def _refusal(call: Call, forced: str | None) -> str | None:
+    choice = explain(call, forced)
+    return None if choice.backend else "; ".join(f"{name}: {reason}" for name, reason in choice.refused)
+
+
+# A layer on a GPU that stays as it is stored asks at every call.
+_known_refusal = functools.lru_cache(maxsize=4096)(_refusal)
 
 
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:
@@ -79,8 +98,15 @@ def describe(packed: Tensor) -> dict:
     return _layouts(packed.device.type).describe(packed)
 
 
-def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float, device: str = "cpu") -> tuple[str, str]:
-    """The layout that ``pack`` gives such a weight on this processor or GPU, and the reason in words."""
+def choose_layout(
+    pattern: str, dtype: torch.dtype, sparsity: float, device: str = "cpu", shape: tuple[int, int] | None = None
+) -> tuple[str | None, str]:
+    """The layout that a served weight (default: a large one) gets on this processor or GPU, and the reason in words.
+
+    None: it is served as it is stored.
+    """
+    if device == "cuda":
+        return _layouts(device).choose_layout(pattern, dtype, sparsity, shape)
     return _layouts(device).choose_layout(pattern, dtype, sparsity)
 
 

@@ -1,10 +1,10 @@
 """``SparseLinear``: a linear layer whose weight is values + metadata; no dense copy of it stays.
 
-In inference on a GPU, or on a processor with native kernels, a layer holds the derived layout of its weight *instead*
-of values and metadata (``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode
-without gradients. Whoever asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training)
-gets them back, bit for bit, and the layer is canonical again until the next such call. Several threads may do all this
-at once.
+In inference on a processor with native kernels, or on a GPU where a kernel that reads it was measured to be faster than
+a dense product, a layer holds the derived layout of its weight *instead* of values and metadata
+(``kernels/packed.py``): ``pack()`` exchanges them, by itself at the first call in eval mode without gradients. Whoever
+asks for the canonical tensors (``values``, ``state_dict``, ``.to``, an adapter, training) gets them back, bit for bit,
+and the layer is canonical again until the next such call. Several threads may do all this at once.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ class SparseLinear(nn.Linear):
             return "the values are trained"
         if type(values.data) is not Tensor or type(metadata.data) is not Tensor:
             return f"the values are a {type(values.data).__name__}"
-        return packed.refusal(self.pattern, self.out_features, self.in_features, values.dtype, values.device.type)
+        shape = self.pattern, self.out_features, self.in_features
+        return packed.refusal(*shape, values.dtype, values.device.type, self.sparsity)
 
     def pack(self) -> None:
         """Exchange values and metadata for the derived layout; ``UserError`` with the reason where there is none."""
@@ -212,7 +213,7 @@ class SparseLinear(nn.Linear):
 
     @property
     def sparsity(self) -> float:
-        return 1 - self.nnz / (self.in_features * self.out_features)
+        return 1 - self.nnz / max(1, self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
         held = self._packed_for(input)

@@ -37,6 +37,7 @@ def report(result: dict) -> None:
         for row in result["backends"]
     ]
     show(table("environment", ["", ""], facts))
+    show_gpus(result)
     layouts = [
         (*(row[key] for key in LAYOUT), f"{row['sparsity']:.0%}", row["layout"] or "none", row["reason"])
         for row in result["layouts"]
@@ -45,6 +46,23 @@ def report(result: dict) -> None:
     show(table("backends", ["device", "op", "pattern", "phase", "backend", "why not the others"], rows))
     for problem in result["problems"]:
         show(f"problem: {problem}")
+
+
+def show_gpus(result: dict) -> None:
+    """What decides between the kernels of a GPU and the product with a dense weight."""
+    found = result["gpu_dispatch"]
+    facts = [("rule", found["rule"]), ("setting", f"{found['setting'] or 'none'}; {found['settings']}")]
+    facts.append(("cuSPARSELt", found["cusparselt"]))
+    show(table("GPU kernels", ["", ""], facts))
+    if not result["gpus"]:
+        return
+    used: dict[tuple, list[str]] = {}
+    for row in found["kernels"]:
+        used.setdefault((row["kernel"], row["used_for"]), []).append(
+            row["pattern"] if ":" in row["pattern"] else f"{row['sparsity']:.0%}"
+        )
+    rows = [(kernel, ", ".join(weights), tokens) for (kernel, tokens), weights in used.items()]
+    show(table("tokens for which a GPU kernel is used", ["kernel", "weights", "tokens"], rows))
 
 
 command = click.Command(

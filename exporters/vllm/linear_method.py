@@ -96,7 +96,9 @@ class SparseRTLinearMethod(LinearMethodBase):
         values, metadata = weight.finish()
         self._remove_placeholders(layer)
         shape = weight.format.pattern, weight.m, weight.columns
-        layer.sparse_shape, layer.is_packed = shape, packed.refusal(*shape, values.dtype, values.device.type) is None
+        sparsity = 1 - values.numel() / (weight.m * weight.columns)
+        reason = packed.refusal(*shape, values.dtype, values.device.type, sparsity)
+        layer.sparse_shape, layer.is_packed = shape, reason is None
         if layer.is_packed:
             layer.weight_packed = Parameter(packed.pack(values, metadata, *shape), requires_grad=False)
             return

@@ -7,10 +7,12 @@ per GPU (``configs/nvidia_h200.json`` for "NVIDIA H200") holds what was measured
     {"gpu": "NVIDIA H200",
      "kernels": {"linear": [{"tokens": 16, "options": {"BN": 32, "num_warps": 4, "num_stages": 3}},
                             {"options": {"BN": 64, "num_warps": 8, "num_stages": 3}}]},
-     "dispatch": {"linear_tokens": 64}}
+     "dispatch": {"linear": [{"pattern": "2:4", "sparsity": 0.49, "tokens": 4}]},
+     "measured": {"date": "2026-12-01", "torch": "2.11.0", "triton": "3.6.0"}}
 
 The rows of a kernel are tried in order. ``tokens``, ``m`` and ``n`` are upper limits; a row without them fits every
 call, and the last row of a kernel is such a row. A kernel that a GPU's file does not name is taken from the default.
+``dispatch`` says for which products a kernel is used at all (``dispatch.py``), ``measured`` with what it was measured.
 """
 
 from __future__ import annotations
@@ -68,14 +70,6 @@ def config(kernel: str, m: int, n: int, tokens: int, device: torch.device | None
     ``defaults`` are the options that the files do not give. A new dictionary every time.
     """
     return {**defaults, **_options(gpu_name(device), kernel, m, n, tokens)}
-
-
-def dispatch(name: str, default: int, device: torch.device | None = None) -> int:
-    """A limit of the dispatch rule (how many tokens a kernel is used for), measured where the GPU has a file."""
-    for table in _tables(gpu_name(device)):
-        if name in table.get("dispatch", {}):
-            return table["dispatch"][name]
-    return default
 
 
 def shipped(kernel: str) -> list[dict[str, Any]]:

@@ -5,12 +5,14 @@
     y = linear(x, blob, bias, m, n)              never tunes and never waits for the device
 
 Which algorithm (alg_id) wins depends on the GPU, the shape and the library; nobody publishes a table. ``linear`` takes
-the swept one of its shape and number of tokens (to the next power of two), otherwise the library's default, 0.
+the swept one of its shape and number of tokens (to the next power of two), otherwise that of the nearest number that
+was swept, otherwise the library's default, 0. For which products this is used at all is measured (``dispatch``).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from sparse_rt.errors import BackendError
 from sparse_rt.kernels import ops
+from sparse_rt.kernels.triton import configs
 
 DTYPES = (torch.bfloat16, torch.float16)
 MULTIPLE = 16  # of rows and columns of the weight
@@ -25,7 +28,9 @@ TOKEN_MULTIPLE = 8  # torch pads the other operand likewise
 # Ids run from 0 without gaps; the library does not say in every version where they end, it refuses the first too high.
 MAX_ALGORITHMS = 64
 
-_algorithms: dict[tuple, int] = {}
+IDENTITY_ROWS = 1024  # multiplied at a time to get a weight back
+
+_algorithms: dict[tuple, dict[int, int]] = {}  # GPU, dtype, m, n -> tokens (``bucket``) -> alg_id
 
 
 @functools.cache
@@ -66,8 +71,21 @@ def linear(x: Tensor, blob: Tensor, bias: Tensor | None, m: int, n: int) -> Tens
     flat = x.detach().reshape(-1, n)
     if flat.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], m)
-    algorithm = _algorithms.get(_key(x.device, x.dtype, m, n, flat.shape[0]), 0)
+    algorithm = _algorithm(x.device, x.dtype, m, n, flat.shape[0])
     return _product(flat, blob, bias, algorithm).view(*x.shape[:-1], m)
+
+
+@torch.no_grad()
+def expand(blob: Tensor, m: int, n: int, out: Tensor) -> Tensor:
+    """Fill ``out`` [m, n] with the dense weight: products with the rows of an identity, which are exact but for the
+    sign of zeros. 2 m n^2 operations, so only for who wants the weight back."""
+    _require(blob.dtype, m, n)
+    for start in range(0, n, IDENTITY_ROWS):
+        rows = min(IDENTITY_ROWS, n - start)
+        x = torch.zeros(rows, n, dtype=blob.dtype, device=blob.device)
+        x[:, start : start + rows].fill_diagonal_(1)
+        out[:, start : start + rows] = linear(x, blob, None, m, n).t()
+    return out
 
 
 def sweep(blob: Tensor, m: int, n: int, tokens: int, repeats: int = 10) -> dict[int, float]:
@@ -76,8 +94,8 @@ def sweep(blob: Tensor, m: int, n: int, tokens: int, repeats: int = 10) -> dict[
     Waits for the device; call it while a model is loaded, never inside a graph capture.
     """
     _require(blob.dtype, m, n)
-    key = _key(blob.device, blob.dtype, m, n, tokens)
-    if key in _algorithms:
+    known = _algorithms.setdefault(_key(blob.device, blob.dtype, m, n), {})
+    if bucket(tokens) in known:
         return {}
     x = torch.randn(tokens, n, device=blob.device).to(blob.dtype)
     times: dict[int, float] = {}
@@ -88,7 +106,7 @@ def sweep(blob: Tensor, m: int, n: int, tokens: int, repeats: int = 10) -> dict[
             if not times:
                 raise BackendError(f"cuSPARSELt cannot multiply a ({m}, {n}) weight: {error}") from error
             break
-    _algorithms[key] = min(times, key=times.__getitem__)
+    known[bucket(tokens)] = min(times, key=times.__getitem__)
     return times
 
 
@@ -114,8 +132,16 @@ def _milliseconds(call, repeats: int) -> float:
     return min(times)
 
 
-def _key(device: torch.device, dtype: torch.dtype, m: int, n: int, tokens: int) -> tuple:
-    return torch.cuda.get_device_name(device), dtype, m, n, bucket(tokens)
+def _key(device: torch.device, dtype: torch.dtype, m: int, n: int) -> tuple:
+    return configs.gpu_name(device), dtype, m, n
+
+
+def _algorithm(device: torch.device, dtype: torch.dtype, m: int, n: int, tokens: int) -> int:
+    """The one that was swept for these tokens, or for the nearest number of them; the library's default is 0."""
+    swept, size = _algorithms.get(_key(device, dtype, m, n)), bucket(tokens)
+    if not swept:
+        return 0
+    return swept[size] if size in swept else swept[min(swept, key=lambda other: abs(math.log2(other / size)))]
 
 
 def bucket(tokens: int) -> int:

@@ -98,26 +98,33 @@ def decompress_into(out: Tensor, values: Tensor, metadata: Tensor, pattern: str)
 def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
     """The elements of dense [m, n] at the kept positions: shape of ``values_like``, dtype of ``dense``."""
     values = torch.empty(values_like.shape, dtype=dense.dtype, device=dense.device)
-    if values.numel() == 0:
-        return values
-    flat = rows_contiguous(dense.detach(), n)
+    if values.numel():
+        gather_rows(rows_contiguous(dense.detach(), n), metadata, pattern, m, n, 0, values)
+    return values
+
+
+def gather_rows(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, start: int, values: Tensor) -> None:
+    """Put the elements of ``dense`` [rows, n], from row ``start`` of a weight (m, n) on, to their places in ``values``.
+
+    values: those of the whole weight, contiguous, of the dtype of ``dense``, whose neighbouring columns are adjacent.
+    """
     weight = tile_arguments(metadata, pattern, m, n)
-    options = configs.config("gather", m, n, 0, dense.device, **DEFAULTS["gather"])
+    rows = dense.shape[0]
+    options = configs.config("gather", rows, n, 0, dense.device, **DEFAULTS["gather"])
     with on_device(dense):
-        gather_kernel[triton.cdiv(m, options["BN"]), triton.cdiv(n, BLOCK.value)](
-            flat,
-            weight.meta,
-            weight.starts,
-            weight.offsets,
-            values,
-            m,
+        gather_kernel[triton.cdiv(rows, options["BN"]), triton.cdiv(n, BLOCK.value)](
+            dense,
+            weight.meta[start:],
+            weight.starts[start:],
+            weight.offsets[start:],
+            values[start:] if weight.nibbles else values,  # the starts of a bitmask count from the first row
+            rows,
             n,
-            flat.stride(0),
+            dense.stride(0),
             weight.meta_stride,
             NIBBLES=weight.nibbles,
             **options,
         )
-    return values
 
 
 def compile_specs() -> list[configs.Spec]:

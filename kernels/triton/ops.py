@@ -1,8 +1,9 @@
 """Backend ``triton``: the operations on canonical tensors that lie on a GPU. Importing this does not import Triton.
 
-The dispatch rule is conservative. Few tokens go through the kernel that decodes tiles; many tokens, and every dX,
-expand the weight into scratch and leave the product to the dense GEMM, which then runs at its full speed. Where the
-border lies is measured per GPU (``configs``); nothing here waits for the device.
+The dispatch rule is conservative: products expand the weight into scratch and leave the rest to the dense GEMM, which
+then runs at its full speed, and gradients at the kept positions are gathered from a dense one, a block of rows at a
+time. The kernels that decode tiles, and those that keep what is wanted of a tile of dY^T X, take their place where they
+were measured to be faster on this GPU (``dispatch``); nothing here waits for the device.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from torch import Tensor
 from sparse_rt.formats import get_format, is_pattern
 from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
-from sparse_rt.kernels.triton import configs
+from sparse_rt.kernels.triton import dispatch
 
 PRIORITY = 20
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Up to here the weight is decoded in the kernel of the product; nothing else reads it in compressed form.
-LINEAR_TOKENS = 64
+# Elements of a block of dY^T X: 64 MB of bfloat16, many times what fills the GPU, shared by all layers.
+GRADIENT_ELEMENTS = 1 << 25
+ROW_MULTIPLE = 128  # of such a block, so that what describes its rows begins at an aligned address
 # The tensor-core kernels are compiled for Ampere and later.
 CAPABILITY = (8, 0)
 NOT_INSTALLED = "Triton is not installed; pip install triton"
@@ -68,10 +70,10 @@ def unavailable_reason() -> str | None:
 @torch.no_grad()
 def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pattern: str, m: int, n: int) -> Tensor:
     """y = x W^T + bias: x [..., n] -> [..., m] in the dtype of x; values of another dtype are rounded to it first."""
-    from sparse_rt.kernels.triton import linear as kernels
-
     tokens = x.numel() // max(1, n)
-    if tokens <= configs.dispatch("linear_tokens", LINEAR_TOKENS, x.device):
+    if dispatch.takes("linear", tokens, values, pattern, m, n):
+        from sparse_rt.kernels.triton import linear as kernels
+
         return kernels.linear(x, values, metadata, bias, pattern, m, n)
     return F.linear(x, _expanded(values, metadata, pattern, m, n, x.dtype), bias)
 
@@ -80,10 +82,10 @@ def linear(x: Tensor, values: Tensor, metadata: Tensor, bias: Tensor | None, pat
 @torch.no_grad()
 def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor:
     """dx = dy W: dy [..., m] -> [..., n] in the dtype of dy."""
-    from sparse_rt.kernels.triton import linear as kernels
-
     tokens = dy.numel() // max(1, m)
-    if tokens <= configs.dispatch("linear_t_tokens", 0, dy.device):
+    if dispatch.takes("linear_t", tokens, values, pattern, m, n):
+        from sparse_rt.kernels.triton import linear as kernels
+
         return kernels.linear_t(dy, values, metadata, pattern, m, n)
     return dy @ _expanded(values, metadata, pattern, m, n, dy.dtype)
 
@@ -92,9 +94,11 @@ def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int,
 @torch.no_grad()
 def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
     """dY^T X at the kept positions: shape and dtype of ``values_like``, float32 sums, rounded once."""
-    from sparse_rt.kernels.triton import gradient
+    if takes_gradient("values_grad", dy, x, values_like, pattern, m, n):
+        from sparse_rt.kernels.triton import gradient
 
-    return gradient.values_grad(dy, x, metadata, pattern, m, n, values_like)
+        return gradient.values_grad(dy, x, metadata, pattern, m, n, values_like)
+    return _gathered_grad(dy, x, metadata, pattern, m, n, values_like)
 
 
 @register_backend("decompress", name="triton", priority=PRIORITY, can_run=can_run)
@@ -120,3 +124,41 @@ def _expanded(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, dt
 
     weight = scratch.buffer("dense", (m, n), dtype, values.device)
     return decompress_into(weight, values, metadata, pattern)
+
+
+def takes_gradient(kernel: str, dy: Tensor, x: Tensor, values: Tensor, pattern: str, m: int, n: int) -> bool:
+    """Whether ``kernel`` is used for a gradient at the kept positions: its speed is that of the dtype of dy and x."""
+    sparsity = 1 - values.numel() / max(1, m * n)
+    dtype = dy.dtype if dy.dtype == x.dtype else torch.float32
+    return x.numel() // max(1, n) in dispatch.limits(kernel, pattern, m, n, sparsity, dtype, x.device)
+
+
+def _gathered_grad(
+    dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor
+) -> Tensor:
+    """``values_grad`` by way of a dense dY^T X: a block of its rows is in scratch at a time."""
+    from sparse_rt.kernels.triton.decompress import gather_rows
+
+    dtype = torch.promote_types(dy.dtype, x.dtype)
+    wide = torch.promote_types(dtype, values_like.dtype)  # what float32 values get is not rounded in between
+    found = torch.empty(values_like.shape, dtype=wide, device=x.device)
+    dy, x = dy.detach().reshape(-1, m).to(dtype), x.detach().reshape(-1, n).to(dtype)
+    if x.shape[0] == 0 or found.numel() == 0:
+        return found.zero_().to(values_like.dtype)
+    rows = min(m, max(1, GRADIENT_ELEMENTS // n // ROW_MULTIPLE) * ROW_MULTIPLE)
+    for start in range(0, m, rows):
+        stop = min(start + rows, m)
+        block = scratch.buffer("gradient", (stop - start, n), wide, x.device)
+        _product(dy[:, start:stop].t(), x, block)
+        gather_rows(block, metadata, pattern, m, n, start, found)
+    return found.to(values_like.dtype)
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b; float32 sums of 16-bit factors stay float32 where ``out`` is."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+    else:  # in the interpreter; torch has this product for GPUs
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)

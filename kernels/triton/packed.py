@@ -2,8 +2,13 @@
 
 A packed weight is one uint8 tensor: a header of 128 bytes, then what the layout stores, on 16-byte boundaries:
 
-    d4       every other weight: ``d4_layout.pack``; products take as many steps as there are kept weights
-    mma_sp   2:4 in bfloat16 or float16: ``fragments.pack_fragments``; the sparse tensor cores read it as it is
+    d4            ``d4_layout.pack``
+    mma_sp        ``fragments.pack_fragments``
+    cslt          the metadata, then what ``cslt.compress`` gives
+    mma_sp+cslt   the fragments, then what ``cslt.compress`` gives
+
+Which kernel multiplies how many tokens is measured (``dispatch``); all other products expand the weight into scratch
+and leave the rest to cuBLAS.
 
 A product must not wait for the device, so it does not read the header there: ``pack`` and the first look at a tensor
 remember it. A CUDA graph is captured without looking: the number of bytes modulo 16 says the layout, and with m, n and
@@ -12,11 +17,7 @@ the dtype of x the place of everything in it.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import logging
 import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -28,20 +29,19 @@ from sparse_rt.errors import BackendError, FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
-from sparse_rt.kernels.triton import configs, d4_layout, fragments, ops
+from sparse_rt.kernels.triton import cslt, d4_layout, dispatch, fragments, ops
+from sparse_rt.kernels.triton.layouts import LAYOUTS, choose_layout, possible_layout
 
-logger = logging.getLogger(__name__)
+__all__ = ["can_run", "choose_layout", "describe", "linear", "linear_t", "pack", "unpack"]
 
-LAYOUTS = ("d4", "mma_sp")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEADER_BYTES = 128
 # Bytes of a packed weight modulo 16.
-_TAGS = {"d4": 0, "mma_sp": 8}
+_TAGS = {"d4": 0, "mma_sp": 8, "cslt": 4, "mma_sp+cslt": 12}
 _HEADER = struct.Struct("8sii6q")
 _MAGIC = b"srtgpu\0\0"
-# Tokens for which the sparse tensor cores read the packed weight, unless a GPU's file says less.
-MMA_SP_TOKENS = 16
-TRUSTED_ERROR = 1e-2  # relative RMS; rounding the result to bfloat16 makes 2e-3
+# Numbers of tokens that cuSPARSELt's algorithms are timed for when a weight is packed, once per shape.
+SWEPT_TOKENS = (16, 512, 2048, 8192)
 
 
 class _Header(NamedTuple):
@@ -80,21 +80,12 @@ def can_run(call: Call) -> str | None:
     return ops.can_run(call)
 
 
-def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[str, str]:
-    """The layout for a weight on a GPU, and the reason in words."""
-    if pattern == "2:4":
-        reason = _no_fragments(dtype) or (_distrust(dtype) if torch.cuda.is_available() else None)
-        if reason is None:
-            return "mma_sp", "2:4: the sparse tensor cores read it without decoding"
-        return "d4", reason
-    return "d4", "as many products as kept weights, no search for their columns"
-
-
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:
     """uint8 [bytes]: the derived layout of canonical ``values`` and ``metadata``, made on their device.
 
-    Raises ``FormatError`` where values and metadata contradict each other, ``UserError`` for a layout that such a
-    weight cannot have.
+    ``layout`` overrides the choice. What cuSPARSELt's form alone would not give back bit for bit gets mma_sp. Raises
+    ``FormatError`` where values and metadata contradict each other, ``UserError`` for a layout that such a weight
+    cannot have.
     """
     fmt = get_format(pattern)
     fmt.check_header("weight", values.shape, metadata.shape, m, n)
@@ -102,24 +93,32 @@ def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout:
         raise FormatError(f"the metadata of a {pattern} weight is uint8, got {_short(metadata.dtype)}")
     if values.device != metadata.device:
         raise UserError(f"values and metadata must be on one device, got {values.device} and {metadata.device}")
-    layout = layout or choose_layout(pattern, values.dtype, 1 - values.numel() / (m * n))[0]
-    possible = layout == "d4" or (layout == "mma_sp" and pattern == "2:4" and values.dtype in fragments.DTYPES)
+    layout = layout or possible_layout(pattern, values.dtype, 1 - values.numel() / (m * n), (m, n))
+    possible = layout == "d4" or (layout in LAYOUTS and pattern == "2:4" and values.dtype in fragments.DTYPES)
     if not possible or values.dtype not in DTYPES:
         raise UserError(f"a {pattern} weight of {values.dtype} cannot have the layout {layout!r}")
     nibbles, empty_rows = fmt.metadata_name == "weight_meta", 0
     # A tensor made in inference mode could not be saved for a backward pass later.
     with torch.inference_mode(False), torch.no_grad():
+        blob = cslt.compress(values, metadata, m, n) if "cslt" in layout else None
+        if layout == "cslt" and not torch.equal(_bits(_from_library(blob, metadata, m, n)[0]), _bits(values)):
+            layout, blob = "mma_sp", None
         if layout == "d4":
             body, empty_rows = d4_layout.pack(fmt, values, metadata, m, n)
         else:
-            parts = fragments.pack_fragments(values, metadata, m, n)
-            body = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
+            parts = (_padded(metadata),) if layout == "cslt" else fragments.pack_fragments(values, metadata, m, n)
+            body = torch.cat([_bytes(part) for part in (*parts, blob) if part is not None])
         nbytes = HEADER_BYTES + body.numel() + _TAGS[layout]
         header = _Header(layout, values.dtype, m, n, values.numel(), nbytes, nibbles, empty_rows)
         packed = torch.zeros(nbytes, dtype=torch.uint8, device=values.device)
         packed[:HEADER_BYTES] = torch.frombuffer(bytearray(header.to_bytes()), dtype=torch.uint8)
         packed[HEADER_BYTES : HEADER_BYTES + body.numel()] = body
     _headers[packed] = packed.data_ptr(), header
+    if blob is not None:
+        limits = dispatch.limits("cslt", pattern, m, n, 0.5, values.dtype, values.device)
+        for tokens in SWEPT_TOKENS:
+            if tokens in limits:
+                cslt.sweep(_blob(packed, m, n, values.dtype), m, n, tokens)
     return packed
 
 
@@ -132,6 +131,9 @@ def unpack(packed: Tensor, pattern: str, m: int, n: int) -> tuple[Tensor, Tensor
     with torch.no_grad():
         if header.layout == "d4":
             return d4_layout.unpack(fmt, _body(packed, "d4"), m, n, header.dtype, header.empty_rows)
+        if header.layout == "cslt":
+            metadata = _metadata(packed, m, n)
+            return _from_library(_blob(packed, m, n, header.dtype), metadata, m, n)
         return fragments.unpack_fragments(*_fragments(packed, m, n), m, n, header.dtype)
 
 
@@ -151,15 +153,17 @@ def linear(x: Tensor, packed: Tensor, bias: Tensor | None, m: int, n: int) -> Te
         raise BackendError(f"packed_linear: the bias is {bias.dtype}, x is {x.dtype}; they must be equal")
     tokens = x.numel() // n
     with torch.no_grad():
-        if layout == "d4" and tokens <= _dispatch("d4_tokens", x):
+        kernel = _kernel(packed, layout, tokens, x, m, n)
+        if kernel == "d4":
             from sparse_rt.kernels.triton import d4
 
             return d4.linear(x, d4_layout.sections(_body(packed, layout), m, n, x.dtype), bias, m, n)
-        if layout == "mma_sp" and tokens <= _dispatch("mma_sp_tokens", x):
+        if kernel == "mma_sp":
             from sparse_rt.kernels.triton import mma_sp
 
-            if mma_sp.refusal(tokens, x.dtype, x.device) is None:
-                return mma_sp.linear(x, *_fragments(packed, m, n), bias, m, n)
+            return mma_sp.linear(x, *_fragments(packed, m, n), bias, m, n)
+        if kernel == "cslt":
+            return cslt.linear(x, _blob(packed, m, n, x.dtype), bias, m, n)
         return F.linear(x, _expand(packed, layout, m, n, x.dtype), bias)
 
 
@@ -173,28 +177,48 @@ def linear_t(dy: Tensor, packed: Tensor, m: int, n: int) -> Tensor:
 register_backend("packed_linear", name="triton", priority=ops.PRIORITY, can_run=can_run)(linear)
 
 
+def _kernel(packed: Tensor, layout: str, tokens: int, x: Tensor, m: int, n: int) -> str | None:
+    """The kernel that was measured to be the fastest for this product; None: expand and leave it to cuBLAS."""
+    if layout == "d4":
+        limits = dispatch.limits("d4", dispatch.BITMASK, m, n, _sparsity(packed, m, n, x.dtype), x.dtype, x.device)
+        return "d4" if tokens in limits else None
+    for name in layout.split("+"):
+        if tokens in dispatch.limits(name, "2:4", m, n, 0.5, x.dtype, x.device):
+            if name == "cslt":
+                return name
+            from sparse_rt.kernels.triton import mma_sp
+
+            if mma_sp.refusal(tokens, x.dtype, x.device) is None:
+                return name
+    return None
+
+
+def _sparsity(packed: Tensor, m: int, n: int, dtype: torch.dtype) -> float:
+    """Of a weight in the layout d4; while a graph is captured of an unknown one a lower bound, from its size."""
+    known = _known(packed)
+    groups = 0 if known else d4_layout.sections(_body(packed, "d4"), m, n, dtype).groups
+    return 1 - (known.nnz if known else groups * d4_layout.SLOTS) / (m * n)
+
+
 def _expand(packed: Tensor, layout: str, m: int, n: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight, in scratch: valid until the next one."""
+    """The dense weight, in scratch: valid until the next one. From cuSPARSELt's form alone it costs a product."""
     out = scratch.buffer("dense", (m, n), dtype, packed.device)
     if layout == "d4":
         from sparse_rt.kernels.triton import d4
 
         return d4.expand(d4_layout.sections(_body(packed, layout), m, n, dtype), m, n, out)
+    if layout == "cslt":
+        return cslt.expand(_blob(packed, m, n, dtype), m, n, out)
     from sparse_rt.kernels.triton import mma_sp
 
     return mma_sp.expand(*_fragments(packed, m, n), m, n, out)
-
-
-def _dispatch(name: str, x: Tensor) -> int:
-    default = MMA_SP_TOKENS if name == "mma_sp_tokens" else d4_layout.TOKENS
-    return configs.dispatch(name, default, x.device)
 
 
 def _check(x: Tensor, packed: Tensor, m: int, n: int) -> str:
     """The layout of ``packed``, when it is an (m, n) weight of the dtype of ``x``; ``BackendError`` otherwise."""
     known = _known(packed)
     if known is None and _capturing(packed):
-        return "mma_sp" if packed.numel() % 16 == _TAGS["mma_sp"] else "d4"
+        return _layout_of(packed)
     header = _header(packed, m, n) if known is None or known[2:4] != (m, n) else known
     if header.dtype != x.dtype:
         raise BackendError(f"packed_linear: x is {x.dtype}, the packed values are {header.dtype}; they must be equal")
@@ -226,6 +250,12 @@ def _header(packed: Tensor, m: int | None = None, n: int | None = None) -> _Head
     return header
 
 
+def _layout_of(packed: Tensor) -> str:
+    """The layout, from the size alone."""
+    tag = packed.numel() % 16
+    return next((layout for layout, known in _TAGS.items() if known == tag), "d4")
+
+
 def _body(packed: Tensor, layout: str) -> Tensor:
     """What follows the header, at a 16-byte address; a view of something larger may begin anywhere."""
     packed = packed.detach()
@@ -234,57 +264,46 @@ def _body(packed: Tensor, layout: str) -> Tensor:
 
 
 def _fragments(packed: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
-    first, second = fragments.shapes(m, n)
-    words = _body(packed, "mma_sp").view(torch.int32)
-    split = torch.Size(first).numel()
-    return words[:split].view(first), words[split:].view(second)
+    first, second = (torch.Size(shape) for shape in fragments.shapes(m, n))
+    words = _body(packed, _layout_of(packed))[: 4 * (first.numel() + second.numel())].view(torch.int32)
+    return words[: first.numel()].view(first), words[first.numel() :].view(second)
 
 
-@functools.cache
-def _no_fragments(dtype: torch.dtype) -> str | None:
-    """Why 2:4 weights of ``dtype`` do not go to the sparse tensor cores, or None."""
-    if dtype not in fragments.DTYPES:
-        return f"the sparse tensor cores multiply bfloat16 and float16, not {_short(dtype)}"
-    if importlib.util.find_spec("triton.experimental.gluon") is None:
-        return "this Triton has no Gluon, with which the sparse tensor cores are reached"
-    if torch.version.hip is not None:
-        return "the sparse tensor cores are reached with PTX, this GPU is not one of NVIDIA's"
-    return None
+def _metadata(packed: Tensor, m: int, n: int) -> Tensor:
+    """The canonical metadata in the layout cslt."""
+    shape = get_format("2:4").metadata_shape(m, n)
+    return _body(packed, "cslt")[: torch.Size(shape).numel()].view(shape)
 
 
-@functools.cache
-def _distrust(dtype: torch.dtype) -> str | None:
-    from sparse_rt.kernels.triton import mma_sp
+def _blob(packed: Tensor, m: int, n: int, dtype: torch.dtype) -> Tensor:
+    """What cuSPARSELt multiplies, [m, elements] of the dtype of the values, behind the other form."""
+    layout = _layout_of(packed)
+    if layout == "cslt":
+        begin = torch.Size(get_format("2:4").metadata_shape(m, n)).numel()
+        begin += -begin % 16
+    else:
+        begin = 4 * sum(torch.Size(shape).numel() for shape in fragments.shapes(m, n))
+    return _body(packed, layout)[begin:].view(dtype).view(m, -1)
 
-    with torch.inference_mode(False), torch.no_grad():
-        reason = disagreement(dtype, torch.device("cuda"), mma_sp.linear)
-    if reason is not None:
-        logger.warning("2:4 weights take the layout d4: %s", reason)
-    return reason
+
+def _from_library(blob: Tensor, metadata: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """Canonical (values, metadata) of cuSPARSELt's form; zeros that are kept lose their sign."""
+    dense = cslt.expand(blob, m, n, torch.empty((m, n), dtype=blob.dtype, device=blob.device))
+    like = torch.empty((m, n // 2), dtype=blob.dtype, device=blob.device)
+    return ops.gather(dense, metadata, "2:4", m, n, like), metadata.clone()
 
 
-def disagreement(dtype: torch.dtype, device: torch.device, linear: Callable[..., Tensor]) -> str | None:
-    """Why products with fragments are not trusted on ``device``, or None: a small weight against its dense form.
+def _padded(metadata: Tensor) -> Tensor:
+    flat = metadata.detach().reshape(-1)
+    return F.pad(flat, (0, -flat.numel() % 16))
 
-    Until a GPU has run them, the order of their registers rests on the text of the instruction set and an emulator
-    (tests/kernels/triton/ptx.py). A wrong one must not reach a model unseen. Once a process and dtype.
-    """
-    fmt, (m, n), generator = get_format("2:4"), (40, 548), torch.Generator().manual_seed(0)
-    weight = torch.randn(m, n, generator=generator).to(dtype)
-    values, metadata = fmt.compress(weight, fmt.mask_from_scores(weight.abs()))
-    dense = fmt.decompress(values, metadata, m, n).double()
-    parts = fragments.pack_fragments(values.to(device), metadata.to(device), m, n)
-    for tokens in (1, 16):
-        x = torch.randn(tokens, n, generator=generator).to(dtype)
-        expected = x.double() @ dense.T
-        try:
-            found = linear(x.to(device), *parts, None, m, n).cpu().double()
-        except Exception as error:  # whatever the compiler or the driver has to say
-            return f"the kernel of the sparse tensor cores does not run on this GPU ({type(error).__name__}: {error})"
-        error = float((found - expected).norm() / expected.norm())
-        if not error < TRUSTED_ERROR:
-            return f"on this GPU the sparse tensor cores' product has a relative error of {error:.1e}; please report it"
-    return None
+
+def _bytes(part: Tensor) -> Tensor:
+    return part.contiguous().reshape(-1).view(torch.uint8)
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.detach().contiguous().view(torch.int16)
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -174,7 +174,8 @@ def chosen_backends(pair: Pair, options: BenchOptions, device: str) -> list[dict
     weight = max(pair.sparse.weights.values(), key=lambda weight: weight.m * weight.n)
     dtype, kind = getattr(torch, pair.dtype, torch.float32), torch.device(device).type
     shape = weight.pattern, weight.m, weight.n
-    op = "packed_linear" if packing_refusal(*shape, dtype, kind) is None else "linear"
+    sparsity = 1 - weight.nnz / (weight.m * weight.n)
+    op = "packed_linear" if packing_refusal(*shape, dtype, kind, sparsity) is None else "linear"
     tokens = sorted({*options.batch, *(batch * options.prompt_tokens for batch in options.batch)})
     calls = [Call(op, *shape, count, dtype, kind) for count in tokens]
     found = [(call, explain(call, os.environ.get(FORCE_VARIABLE) or None).backend) for call in calls]
@@ -184,10 +185,10 @@ def chosen_backends(pair: Pair, options: BenchOptions, device: str) -> list[dict
     ]
 
 
-def packing_refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str) -> str | None:
+def packing_refusal(pattern: str, m: int, n: int, dtype: torch.dtype, device: str, sparsity: float) -> str | None:
     if os.environ.get(PACK_VARIABLE) == "0":
         return f"{PACK_VARIABLE}=0"
-    return packed.refusal(pattern, m, n, dtype, device)
+    return packed.refusal(pattern, m, n, dtype, device, sparsity)
 
 
 def notes_on(pair: Pair, options: BenchOptions) -> list[str]:

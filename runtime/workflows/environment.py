@@ -13,6 +13,7 @@ import torch
 from sparse_rt.benchmarking.machine import cpu_name, installed
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.backends import FORCE_VARIABLE, OPS, Call, explain
+from sparse_rt.kernels.triton import cslt, dispatch
 from sparse_rt.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "triton")
@@ -37,6 +38,7 @@ def environment() -> dict[str, Any]:
         "plugin_visible_to_vllm": any(e.name == "sparse_rt" for e in entry_points(group="vllm.general_plugins")),
         "problems": problems(),
         "forced_backend": os.environ.get(FORCE_VARIABLE),
+        "gpu_dispatch": gpu_dispatch(),
         "layouts": [row for device in devices for row in layouts(device)],
         "backends": [row for device in devices for row in choices(device)],
     }
@@ -70,10 +72,39 @@ def layouts(device: str) -> list[dict[str, Any]]:
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for pattern, sparsity in (("2:4", 0.5), *(("unstructured", sparsity) for sparsity in SPARSITIES)):
             refusal = packed.refusal(pattern, *SHAPE, dtype, device)
-            layout, reason = (None, refusal) if refusal else packed.choose_layout(pattern, dtype, sparsity, device)
+            choice = (None, refusal) if refusal else packed.choose_layout(pattern, dtype, sparsity, device, SHAPE)
+            layout, reason = choice
             kind = {"device": device, "dtype": str(dtype).removeprefix("torch."), "pattern": pattern}
             rows.append({**kind, "sparsity": sparsity, "layout": layout, "reason": reason})
     return rows
+
+
+def gpu_dispatch() -> dict[str, Any]:
+    """Whether the current GPU was measured, and for how many tokens each of its kernels is therefore used."""
+    about = dispatch.measured()
+    if about is not None:
+        said = ", ".join(f"{name} {value}" for name, value in about.items())
+        rule = f"measured ({said}): a kernel is used where it was faster than forming the dense weight"
+    else:
+        rule = (
+            f"{'not measured' if torch.cuda.is_available() else 'no GPU here; on one that was not measured'}: every "
+            "product forms the dense weight once and leaves the rest to cuBLAS, and weights stay as they are stored; "
+            "measure with: python benchmarks/gpu_suite.py --output results --install"
+        )
+    rows = []
+    for kernel, what in dispatch.KERNELS.items():
+        for pattern, sparsity in (("2:4", 0.5), *(("unstructured", sparsity) for sparsity in SPARSITIES)):
+            if pattern in what.patterns:
+                limits = dispatch.limits(kernel, pattern, *SHAPE, sparsity, torch.bfloat16)
+                rows.append({"kernel": kernel, "pattern": pattern, "sparsity": sparsity, "used_for": str(limits)})
+    return {
+        "measured": about,
+        "rule": rule,
+        "setting": os.environ.get(dispatch.VARIABLE),
+        "settings": f"{dispatch.VARIABLE} = {dispatch.WORDS}",
+        "cusparselt": cslt.unavailable_reason() or "available",
+        "kernels": rows,
+    }
 
 
 def problems() -> list[str]:

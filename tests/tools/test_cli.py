@@ -105,6 +105,28 @@ def test_debug_shows_the_traceback(tmp_path):
     assert done.returncode != 0 and "Traceback" in done.stderr and "UserError" in done.stderr
 
 
+def test_env_says_which_gpu_kernels_are_used_and_how_to_change_it(capsys, monkeypatch):
+    monkeypatch.delenv("SPARSE_RT_GPU_KERNELS", raising=False)
+    found = {}
+    for setting in ("", "all"):
+        monkeypatch.setenv("SPARSE_RT_GPU_KERNELS", setting)
+        _, out, _ = call(capsys, "env", "--json", "-")
+        found[setting] = json.loads(out)["gpu_dispatch"]
+    default = found[""]
+    if default["measured"] is None:
+        assert "not measured: every product forms the dense weight once" in default["rule"]
+        assert "benchmarks/gpu_suite.py --output" in default["rule"]
+        assert {row["used_for"] for row in default["kernels"]} == {"never"}
+    rows = {(row["kernel"], row["pattern"]): row["used_for"] for row in found["all"]["kernels"]}
+    assert "never" not in rows.values() and ("cslt", "unstructured") not in rows
+    assert default["cusparselt"], "available, or why not"
+    from sparse_rt.tools import env
+
+    env.show_gpus({"gpus": ["GPU X"], "gpu_dispatch": found["all"]})
+    shown = capsys.readouterr().out
+    assert "d4" in shown and "1 to 8 tokens" in shown and "SPARSE_RT_GPU_KERNELS" in shown
+
+
 def test_env_names_the_backend_and_the_reasons(capsys, monkeypatch):
     monkeypatch.setenv("SPARSE_RT_BACKEND", "reference")
     code, out, _ = call(capsys, "env", "--json", "-")

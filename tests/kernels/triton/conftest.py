@@ -8,7 +8,8 @@ they are, on the GPU. Files in ``OUTSIDE`` always run as they are and start the 
     pytest tests/kernels/triton                                              what CI does
     TRITON_INTERPRET=1 pytest tests/kernels/triton/test_linear.py -k bias    one test, with a debugger if need be
 
-Tests put their tensors on ``device`` (fixture): "cpu" in the interpreter, "cuda" on a GPU.
+Tests put their tensors on ``device`` (fixture): "cpu" in the interpreter, "cuda" on a GPU. Kernels are used here
+whether or not they were measured on this GPU; what is used without that is the subject of test_dispatch.py.
 """
 
 from __future__ import annotations
@@ -72,6 +73,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent):
     if INTERPRETED or module_path.name in OUTSIDE or torch.cuda.is_available():
         return None
     return InterpretedFile.from_parent(parent, path=module_path)
+
+
+@pytest.fixture(autouse=True)
+def _every_kernel(monkeypatch):
+    monkeypatch.setenv("SPARSE_RT_GPU_KERNELS", "all")
 
 
 @pytest.fixture

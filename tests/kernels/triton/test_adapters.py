@@ -41,3 +41,8 @@ def test_an_adapted_layer_trains_through_its_kernels(device, monkeypatch, case, 
     for one, other in zip(found, run(None), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)  # sums of up to 264 products of normal numbers
     assert calls == expected_calls, "plain torch is what they are compared with"
+    monkeypatch.setenv("SPARSE_RT_GPU_KERNELS", "none")
+    calls.clear()
+    for one, other in zip(run(layer.fused(config)), found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-3)
+    assert "gradients" not in calls, "where it was not measured to be faster, dY^T X is formed by cuBLAS"

@@ -17,7 +17,7 @@ from sparse_rt.kernels.backends import Call, explain
 from sparse_rt.nn import SparseLinear, pack_weights
 
 pytest.importorskip("triton")
-from sparse_rt.kernels.triton import fragments, mma_sp, packed
+from sparse_rt.kernels.triton import fragments, layouts, mma_sp, packed
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CASES = (
@@ -160,7 +160,7 @@ def test_a_wrong_product_of_the_tensor_cores_is_noticed(device, dtype):
     def broken(*_):
         raise RuntimeError("no kernel image")
 
-    check = functools.partial(packed.disagreement, dtype, torch.device(device))
+    check = functools.partial(layouts.disagreement, dtype, torch.device(device))
     assert check(expanded) is None
     for wrong in (rows_swapped, late_columns_missing):
         assert "has a relative error of" in check(wrong)
@@ -170,7 +170,7 @@ def test_a_wrong_product_of_the_tensor_cores_is_noticed(device, dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_the_tensor_cores_are_trusted(dtype):
-    assert packed.disagreement(dtype, torch.device("cuda"), mma_sp.linear) is None
+    assert layouts.disagreement(dtype, torch.device("cuda"), mma_sp.linear) is None
 
 
 def test_the_operators_have_a_kernel_for_gpus():
