@@ -27,6 +27,7 @@ _LAZY = {
     "SPPConfig": "sparse_rt.adapters.spp",
     "MaskLoRAConfig": "sparse_rt.adapters.masklora",
     "ValuesConfig": "sparse_rt.adapters.values",
+    "DCFTConfig": "sparse_rt.adapters.dcft",
 }
 
 __all__ = [

@@ -54,6 +54,8 @@ class AdapterConfig(PeftConfig):
     )
 
     name: ClassVar[str]
+    # What may differ between an adapter and the earlier one it goes on from.
+    free_options: ClassVar[frozenset[str]] = frozenset({"dropout", "exact"})
 
     def __post_init__(self):
         super().__post_init__()

@@ -15,6 +15,7 @@ _ADAPTERS: Registry[type[SparseAdapterModel]] = Registry(
         "sparse_rt.adapters.spp",
         "sparse_rt.adapters.masklora",
         "sparse_rt.adapters.values",
+        "sparse_rt.adapters.dcft",
     ),
 )
 
