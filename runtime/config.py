@@ -107,7 +107,7 @@ class FinetuneOptions(Options):
 
     model: str
     output_dir: Path
-    adapter: str = Field("spp", description="spp, masklora or values")
+    adapter: str = Field("spp", description="spp, masklora, values or dcft")
     dataset: str | None = Field(None, description="training data: .jsonl, .txt, a folder or a hub data set")
     max_seq_len: int = Field(512, ge=2, description="tokens of a training sequence")
     completion_only: bool = Field(False, description="learn the answers only, not the prompts")
@@ -116,6 +116,9 @@ class FinetuneOptions(Options):
     eval_fraction: float = Field(0.0, ge=0, lt=1, description="share of the data set aside to evaluate on")
     adapter_options: dict[str, Any] = Field({}, description="options of the adapter's config, such as groups or r")
     trainer: dict[str, Any] = Field({}, description="transformers TrainingArguments by name")
+    previous: str | None = Field(
+        None, description="earlier adapter of the same base to go on from; dcft also keeps its map near that one's"
+    )
     seed: int = Field(0, description="data order and adapter initialisation")
     revision: str | None = Field(None, description="hub revision of the model")
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")

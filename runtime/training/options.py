@@ -38,13 +38,13 @@ EVALUATION: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 0.1, "eval
 # Names of TrainingArguments that have a place of their own.
 _ELSEWHERE = {"output_dir": "--output-dir", "seed": "--seed", "resume_from_checkpoint": "--resume"}
 # Set by the adapter or by PEFT, not by the user.
-_NOT_OPTIONS = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"}
-_NOT_OPTIONS |= {"inference_mode", "base_digest"}
+NOT_OPTIONS = {"peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "task_type"}
+NOT_OPTIONS |= {"inference_mode", "base_digest"}
 
 
 def adapter_config(adapter: type[SparseAdapterModel], options: dict[str, Any]) -> AdapterConfig:
     """The config of ``adapter`` for a causal language model; ``UserError`` for an unknown or ill-typed option."""
-    known = {field.name: field for field in dataclasses.fields(adapter.config_cls) if field.name not in _NOT_OPTIONS}
+    known = {field.name: field for field in dataclasses.fields(adapter.config_cls) if field.name not in NOT_OPTIONS}
     _refuse_unknown(options, known, f"option of the adapter {adapter.name}")
     typed = {name: _typed(name, value, known[name].type) for name, value in options.items()}
     return adapter.config_cls(task_type="CAUSAL_LM", **typed)

@@ -50,6 +50,7 @@ def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> N
         "steps": f"{result['steps']:,} ({result['rows']:,} rows)",
         "loss": f"{result['first_loss']:.4f} over the first tenth of the log, {result['last_loss']:.4f} over the last",
         **_evaluation(result),
+        **_previous(result),
         "training time": f"{duration(result['seconds'])} on {result['device']}",
         "tokens a second": f"{result['tokens_per_second']:.0f}",
         "peak memory": size(result["peak_memory_bytes"]),
@@ -71,6 +72,12 @@ def _evaluation(result: dict[str, Any]) -> dict[str, str]:
 def write_metrics(folder: Path, result: dict[str, Any]) -> None:
     """metrics.json: every figure of the run, as the workflow returns them."""
     write_json(folder / "metrics.json", result)
+
+
+def _previous(result: dict[str, Any]) -> dict[str, str]:
+    if result.get("previous") is None:
+        return {}
+    return {"goes on from": f"`{Path(result['previous']).name}` (sha256 `{result['previous_digest']}`)"}
 
 
 def write_run_file(folder: Path, options: dict[str, Any]) -> None:

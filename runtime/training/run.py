@@ -23,12 +23,21 @@ from sparse_rt.progress import Progress
 from sparse_rt.training import sharding
 from sparse_rt.training.checkpoints import MarkComplete
 from sparse_rt.training.dataset import TrainingData
+from sparse_rt.training.previous import start_from
+from sparse_rt.training.saved import SavedAdapter
 from sparse_rt.training.trainer import SparseTrainer
 
 
-def attach(model, config: AdapterConfig, base: str, revision: str | None, digest: str):
-    """The ``PeftModel`` of ``model``; the adapter remembers the base by name, revision and digest."""
+def attach(
+    model, config: AdapterConfig, base: str, revision: str | None, digest: str, previous: SavedAdapter | None = None
+):
+    """The ``PeftModel`` of ``model``; the adapter remembers the base by name, revision and digest.
+
+    It starts as the identity, or with the parameters of ``previous``.
+    """
     adapted = get_peft_model(model, config)
+    if previous is not None:
+        start_from(adapted, previous)
     config = adapted.peft_config["default"]
     # PEFT notes the folder the weights were read from, which for a hub model is this machine's cache.
     config.base_model_name_or_path, config.revision, config.base_digest = base, revision, digest

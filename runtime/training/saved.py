@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_rt.adapters.base import AdapterConfig, AdapterLayer, SparseAdapterModel
 from sparse_rt.adapters.effective import Update, Weight, WeightShape
 from sparse_rt.adapters.registry import adapter_names, get_adapter
-from sparse_rt.checkpoint import Checkpoint, read_header, read_json, resolve_model
+from sparse_rt.checkpoint import Checkpoint, file_digest, read_header, read_json, resolve_model
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite
 
@@ -106,6 +106,10 @@ class SavedAdapter:
                     f"the adapter has {found} for {name} of {module} ({shape.m}, {shape.n}), expected "
                     f"{tuple(like.shape)}; it belongs to another model or is damaged"
                 )
+
+    def digest(self) -> str:
+        """sha256 of the parameters' file."""
+        return file_digest(self.folder / WEIGHTS_NAME)
 
     def update(self, module: str) -> Update:
         """What the adapter does to the weight of ``module``."""

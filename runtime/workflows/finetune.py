@@ -69,6 +69,7 @@ def _run(
     from sparse_rt.training import checkpoints, digest, run, sharding
     from sparse_rt.training.dataset import refuse_leaking, training_data
     from sparse_rt.training.options import adapter_config, training_arguments
+    from sparse_rt.training.previous import open_previous
 
     adapter = get_adapter(options.adapter)
     config = adapter_config(adapter, options.adapter_options)
@@ -78,7 +79,11 @@ def _run(
     if options.dataset is None:
         progress.note("no dataset given: training on the Python sources that ship with sparse-rt, meant for trying out")
     data = training_data(options, checkpoint, progress)
-    digests = {"base": digest.base_digest(checkpoint), "data": data.digest}
+    digests = {"base": digest.base_digest(checkpoint), "data": data.digest, "previous": None}
+    previous = None
+    if options.previous is not None:
+        previous = open_previous(options.previous, adapter, checkpoint, digests["base"])
+        digests["previous"] = previous.digest()
     identity = _identity(options, data.max_seq_len, digests)
     resumed = checkpoints.prepare(work, identity, options.resume, partial is not None)
     if resumed is not None:
@@ -87,7 +92,8 @@ def _run(
         progress.note("nothing to resume: starting from the beginning")
     progress.stage("loading the model")
     set_seed(options.seed)
-    model = run.attach(load(checkpoint.folder), config, _base_name(options), options.revision, digests["base"])
+    base = load(checkpoint.folder)
+    model = run.attach(base, config, _base_name(options), options.revision, digests["base"], previous)
     if options.packing:
         refuse_leaking(model)
     trained = run.train(model, data, arguments, resumed, progress)
@@ -99,6 +105,8 @@ def _run(
         "rows": len(data.train),
         "eval_rows": len(data.evaluation) if data.evaluation is not None else 0,
         "base_digest": digests["base"],
+        "previous": options.previous,
+        "previous_digest": digests["previous"],
         "trainable_parameters": run.trainable_parameters(model),
         "steps": trained.steps,
         "first_loss": round(trained.first_loss, 6),
@@ -127,6 +135,7 @@ def _identity(options: FinetuneOptions, length: int, digests: dict[str, str]) ->
         "seed": options.seed,
         "model": digests["base"],
         "dataset": digests["data"],
+        "previous": digests["previous"],
         "number of processes": os.environ.get("WORLD_SIZE", "1"),
     }
 

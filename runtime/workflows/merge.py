@@ -139,8 +139,6 @@ def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | Non
 
 def _about(options: MergeOptions, checkpoint: Checkpoint, adapter) -> dict[str, Any]:
     """What the manifest says about the origin of the merged model."""
-    from sparse_rt.training.saved import WEIGHTS_NAME
-
     path = checkpoint.folder / MANIFEST_NAME
     parent = read_json(path) if path.is_file() else {}
     source = {
@@ -150,7 +148,7 @@ def _about(options: MergeOptions, checkpoint: Checkpoint, adapter) -> dict[str, 
         "manifest_sha256": file_digest(path) if path.is_file() else None,
         "adapter": options.adapter,
         "adapter_type": adapter.adapter.name,
-        "adapter_sha256": file_digest(adapter.folder / WEIGHTS_NAME),
+        "adapter_sha256": adapter.digest(),
     }
     kept = {key: parent[key] for key in ("coverage_percent", "skipped") if key in parent}
     parent = {key: parent[key] for key in ("source", "options", "parent") if key in parent}

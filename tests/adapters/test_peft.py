@@ -38,7 +38,7 @@ def randomize(model, adapter="default"):
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith((f"_B.{adapter}", f"_delta.{adapter}")):
+            if name.endswith((f"_B.{adapter}", f"_delta.{adapter}", f"dcft_a.{adapter}")):
                 parameter.normal_(std=0.1)
 
 
@@ -50,6 +50,8 @@ def logits(model):
 def test_default_targets_are_all_compressed_layers(model, config_cls):
     names = {name for name, _ in sparse_linears(model)}
     before = logits(model)
+    if config_cls.name == "dcft":  # one matrix of each pair
+        names = {name for name in names if name.endswith(("q_proj", "v_proj"))}
     peft = get_peft_model(model, config_cls())
     assert set(peft.targeted_module_names) == names and torch.equal(logits(peft), before)
     trained = {name for name, p in peft.named_parameters() if p.requires_grad}
@@ -147,6 +149,9 @@ def test_merge_unmerge_and_unload(model, config_cls, sparse_llama, tmp_path):
     randomize(peft)
     adapted = logits(peft)
     peft.merge_adapter()
+    if config_cls.name == "dcft":  # merged, the scale is rounded with the values and not with the output
+        assert 0 < (logits(peft) - adapted).norm() < 0.02 * adapted.norm()
+        adapted = logits(peft)
     assert torch.equal(logits(peft), adapted)
     with peft.disable_adapter():
         assert torch.equal(logits(peft), base), "disabling a merged adapter restores the base values"
@@ -155,7 +160,8 @@ def test_merge_unmerge_and_unload(model, config_cls, sparse_llama, tmp_path):
     layers = dict(sparse_linears(merged))
     assert layers.keys() == tensors.keys() and all(type(layer) is SparseLinear for layer in layers.values())
     assert all(torch.equal(layers[name].metadata, metadata) for name, (_, metadata) in tensors.items())
-    assert not any(torch.equal(layers[name].values, values) for name, (values, _) in tensors.items())
+    targeted = set(peft.targeted_module_names)
+    assert all(torch.equal(layers[name].values, v) is (name not in targeted) for name, (v, _) in tensors.items())
     merged.save_pretrained(tmp_path)
     assert torch.equal(logits(load(tmp_path)), adapted)
 

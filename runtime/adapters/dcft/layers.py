@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_rt.adapters.base import AdapterLayer
 from sparse_rt.adapters.effective import Rows, WeightShape
+from sparse_rt.kernels import ops
 from sparse_rt.kernels.columns import scale_columns
 
 
@@ -106,8 +107,23 @@ class Scale(AdapterLayer):
         gradient = gradient.detach()
         self.gradient = gradient.clone() if self.gradient is None else self.gradient + gradient
 
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x.to(torch.get_autocast_dtype(device)))
+
     def adapted(self, x: Tensor, active: list[str]) -> Tensor:
-        return scale_columns(self.base_layer(x), self.scale(active))
+        return scale_columns(self.product(x), self.scale(active))
+
+    def product(self, x: Tensor) -> Tensor:
+        """The base layer's output; a bias wider than x is rounded to it, as the values are."""
+        base = self.base_layer
+        if base.bias is None or base.bias.dtype == x.dtype:
+            return base(x)
+        shape = base.pattern, self.out_features, self.in_features
+        return ops.linear(x, base.values, base.metadata, base.bias.to(x.dtype), *shape)
 
 
 class RowScale(Scale):
@@ -120,20 +136,21 @@ class RowScale(Scale):
 
     @classmethod
     def dense_change(cls, config, name: str, tensor: Tensor, a: Tensor, *_: Tensor) -> Tensor:
-        return tensor.float() * (1 + cls.channels(config, a)) if name == "bias" else tensor
+        return tensor.double() * (1 + cls.channels(config, a.double())) if name == "bias" else tensor
 
     def merged_tensors(self, adapter_names: list[str]) -> dict[str, Tensor]:
         return super().merged_tensors(adapter_names) | self._scaled(("bias",), adapter_names)
 
     @torch.no_grad()
     def _scaled(self, names: tuple[str, ...], adapter_names: list[str]) -> dict[str, Tensor]:
-        """Dense tensors of the base layer, scaled by channel and rounded once."""
-        scale, found = self.scale(adapter_names), {}
+        """Dense tensors of the base layer, scaled by channel in float64 and rounded once."""
+        options, found = self.adapter_options, {}
+        scale = 1 + sum(self.channels(options[name], self.dcft_a[name].double()) for name in adapter_names)
         for name in names:
             tensor = getattr(self.base_layer, name, None)
             if tensor is not None:
                 before = self._unmerged.get(name, tensor.data).to(tensor.device)
-                found[name] = (before.to(torch.promote_types(before.dtype, scale.dtype)) * scale).to(before.dtype)
+                found[name] = (before.double() * scale).to(before.dtype)
         return found
 
 
@@ -149,10 +166,7 @@ class ColumnScale(Scale):
         return rows.values * rows.kept(cls.channels(config, a).expand(rows.stop - rows.start, -1))
 
     def adapted(self, x: Tensor, active: list[str]) -> Tensor:
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))
-        return self.base_layer(scale_columns(x, self.scale(active)))
+        return self.product(scale_columns(x, self.scale(active)))
 
 
 class QueryKeyRows(RowScale):
@@ -175,9 +189,15 @@ class QueryKeyNorm(RowScale):
     def shape(self) -> WeightShape:
         return WeightShape.vector(self.base_layer.weight.numel())
 
+    def forward(self, x: Tensor) -> Tensor:
+        return AdapterLayer.forward(self, x)  # autocast casts nothing for a norm
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.base_layer(x)
+
     @classmethod
     def dense_change(cls, config, name: str, tensor: Tensor, a: Tensor, *_: Tensor) -> Tensor:
-        return tensor.float() * (1 + cls.channels(config, a)) if name in ("weight", "bias") else tensor
+        return tensor.double() * (1 + cls.channels(config, a.double())) if name in ("weight", "bias") else tensor
 
     def merged_tensors(self, adapter_names: list[str]) -> dict[str, Tensor]:
         return self._scaled(("weight", "bias"), adapter_names)

@@ -58,7 +58,9 @@ def training_parts(layers: list[Scale], adapter_name: str, config, arguments) ->
         penalty = _over(layers, adapter_name, lambda a, p, w: strength * taylor(a, p, w))
         return TrainingParts(callbacks=(Importance(layers, adapter_name),), penalties=(penalty,))
     distance = {"frob": frob, "cos": cos}[kind]
-    return TrainingParts(penalties=(_over(layers, adapter_name, lambda a, p, *_: strength / len(layers) * distance(a, p)),))
+    return TrainingParts(
+        penalties=(_over(layers, adapter_name, lambda a, p, *_: strength / len(layers) * distance(a, p)),)
+    )
 
 
 def _over(layers: list[Scale], name: str, term: Callable[..., Tensor]) -> Callable[[], Tensor]:

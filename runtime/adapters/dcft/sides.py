@@ -33,7 +33,7 @@ ROLES: dict[str, tuple[str, str, type[AdapterLayer]]] = {
 }
 # Projections that hold several matrices: they have no rows of one matrix alone.
 FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv", "gate_up_proj")
-# Models whose rotary embedding turns channels 2j and 2j + 1 together; rope_tied knows the halves j and j + head_dim / 2.
+# Their rotary embedding turns channels 2j and 2j + 1 together; rope_tied knows the halves j and j + head_dim / 2.
 INTERLEAVED = ("codegen", "cohere", "cohere2", "ernie4_5", "glm", "glm4", "gptj", "helium")
 
 
@@ -74,8 +74,8 @@ def _refuse_ungated(names: list[str], modules: dict[str, nn.Module]) -> None:
     for name in names:
         if f"{name.rpartition('.')[0]}.gate_proj" not in modules:
             raise UserError(
-                f"the activation stands between {name} and the columns of the matrix behind it (there is no gate_proj), "
-                "through which no scale goes; take side_ud=down"
+                f"the activation stands between {name} and the columns of the matrix behind it (there is no "
+                "gate_proj), through which no scale goes; take side_ud=down"
             )
 
 
@@ -132,5 +132,7 @@ def refuse_norm(norm: nn.Module) -> str | None:
         for parameter in doubled.parameters(recurse=False):
             parameter.mul_(2)
         if not torch.equal(doubled(x), norm(x) * 2):  # a factor of two rounds nothing
-            return f"a {type(norm).__name__} does not scale its output by its weight; side_qk on the projection is exact"
+            return (
+                f"a {type(norm).__name__} does not scale its output by its weight; side_qk on the projection is exact"
+            )
     return None
