@@ -17,9 +17,11 @@ from sparse_rt.training.saved import WEIGHTS_NAME, SavedAdapter
 
 
 def open_previous(
-    folder: str | Path, adapter: type[SparseAdapterModel], checkpoint: Checkpoint, base_digest: str
-) -> SavedAdapter:
-    """The saved adapter; ``UserError`` when it is of another kind than ``adapter`` or of another base."""
+    folder: str | Path | None, adapter: type[SparseAdapterModel], checkpoint: Checkpoint, base_digest: str
+) -> SavedAdapter | None:
+    """The saved adapter, if any; ``UserError`` when it is of another kind than ``adapter`` or of another base."""
+    if folder is None:
+        return None
     saved = SavedAdapter.open(folder)
     if saved.adapter is not adapter:
         raise UserError(

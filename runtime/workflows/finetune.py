@@ -79,11 +79,9 @@ def _run(
     if options.dataset is None:
         progress.note("no dataset given: training on the Python sources that ship with sparse-rt, meant for trying out")
     data = training_data(options, checkpoint, progress)
-    digests = {"base": digest.base_digest(checkpoint), "data": data.digest, "previous": None}
-    previous = None
-    if options.previous is not None:
-        previous = open_previous(options.previous, adapter, checkpoint, digests["base"])
-        digests["previous"] = previous.digest()
+    digests = {"base": digest.base_digest(checkpoint), "data": data.digest}
+    previous = open_previous(options.previous, adapter, checkpoint, digests["base"])
+    digests["previous"] = previous and previous.digest()
     identity = _identity(options, data.max_seq_len, digests)
     resumed = checkpoints.prepare(work, identity, options.resume, partial is not None)
     if resumed is not None:
