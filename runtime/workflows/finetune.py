@@ -84,10 +84,8 @@ def _run(
     digests["previous"] = previous and previous.digest()
     identity = _identity(options, data.max_seq_len, digests)
     resumed = checkpoints.prepare(work, identity, options.resume, partial is not None)
-    if resumed is not None:
-        progress.note(f"resuming from {resumed.name}")
-    elif options.resume:
-        progress.note("nothing to resume: starting from the beginning")
+    if options.resume:
+        progress.note(f"resuming from {resumed.name}" if resumed else "nothing to resume: starting from the beginning")
     progress.stage("loading the model")
     set_seed(options.seed)
     base = load(checkpoint.folder)
