@@ -61,6 +61,12 @@ class ConvertOptions(Options):
     num_samples: int = Field(128, ge=1, description="calibration sequences")
     max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")
     seed: int = Field(0, description="chooses the calibration sequences")
+    reconstruct: int = Field(
+        0, ge=0, description="steps that train each block's kept weights to give the dense block's output; 0: none"
+    )
+    reconstruct_learning_rate: float = Field(
+        0.02, gt=0, description="learning rate of --reconstruct, as a share of the size (RMS) of a weight's kept values"
+    )
     ignore: list[str] = Field(["lm_head"], description="modules left dense: a name, its last parts, or re:PATTERN")
     overrides: dict[str, str] = Field({}, description="modules with another pattern, as NAME=PATTERN")
     dtype: str = Field("auto", description="dtype of the stored values: auto, bfloat16, float16, float32")

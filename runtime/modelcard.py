@@ -88,6 +88,11 @@ def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
             f"{options['num_samples']} sequences of {options['max_seq_len']} tokens from {data}, seed {options['seed']}"
         )
         rows["mean reconstruction error"] = f"{facts['mean_reconstruction_error']:.4f} (relative, of a layer's output)"
+    if "block_error" in facts:
+        before, after = (f"{facts[f'mean_block_error_{when}']:.4f}" for when in ("before", "after"))
+        rows["reconstruction"] = (
+            f"{options['reconstruct']} steps a block; mean error of a block's output {before} -> {after} (relative)"
+        )
     rows["made by"] = str(config.producer)
     return "\n".join(f"| {key} | {value} |" for key, value in rows.items())
 

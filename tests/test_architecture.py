@@ -37,7 +37,7 @@ ALLOWED = {
     "report": BOTTOM,
     "hf": MODEL,
     "adapters": KERNELS | {"nn", "hooks"},
-    "pruning": FORMATS | {"data", "assets"},
+    "pruning": KERNELS | {"nn", "data", "assets"},
     "conversion": MODEL | {"pruning"},
     "training": MODEL | {"hf", "adapters"},
     "exporters": MODEL | {"hf"},

@@ -37,6 +37,9 @@ def report(result: dict[str, Any]) -> None:
         error = result.get("mean_reconstruction_error")
         detail = f", mean reconstruction error {error:.4f}" if error is not None else ""
         show(f"mean sparsity {result['mean_sparsity']:.4f}{detail}, {duration(result['seconds'])}")
+        if "block_error" in result:
+            before, after = result["mean_block_error_before"], result["mean_block_error_after"]
+            show(f"reconstruction: mean error of a block's output {before:.4f} -> {after:.4f} of its size")
         show(f"saved in {result['output_dir']}")
     for note in result["notes"]:
         show(f"note: {note}")

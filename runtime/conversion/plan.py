@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class Decision:
 
 @dataclass
 class Plan:
-    """All decisions of one conversion. ``blocks`` holds the keys of every decoder block for calibrated methods."""
+    """All decisions of one conversion. ``blocks`` holds the keys of every decoder block when the model is run."""
 
     options: ConvertOptions
     source: Source
@@ -81,6 +82,11 @@ class Plan:
     @property
     def sparsity(self) -> float:
         return self.options.sparsity
+
+    @property
+    def runs_model(self) -> bool:
+        """Whether calibration text passes through the model, block by block."""
+        return runs_model(self.options, self.pruner)
 
     def totals(self) -> dict[str, Any]:
         """Bytes of the whole model and coverage in percent of the bytes of all linear weights."""
@@ -112,6 +118,8 @@ class Plan:
 
         Mask selection needs about 24 bytes an element (scores, selection with its indices, ties, masks). Calibration
         holds one block, its second moments, the inverse's factors, and one sequence's widest activation a few times.
+        Reconstruction adds the dense activations, four float32 numbers a kept weight (value, gradient, state), and for
+        the backward pass the inputs and outputs of every linear for one sequence, about twice.
         """
         compressed = [d for d in self.decisions.values() if d.pattern]
         largest = max((torch.Size(d.shape).numel() for d in compressed), default=0)
@@ -119,7 +127,7 @@ class Plan:
             "shard": min(parse_size(self.options.max_shard_size), self.totals()["compressed_bytes"]),
             "largest_weight": largest * 24,
         }
-        if self.pruner.needs_calibration:
+        if self.runs_model:
             sizes = [sum(self.source.tensors[key].numel for key in keys) for keys in self.blocks]
             embedding = max((self.source.tensors[key].numel for key in self.outside), default=0)
             itemsize = max((self.source.tensors[d.key].dtype.itemsize for d in compressed), default=2)
@@ -133,7 +141,19 @@ class Plan:
                 "one_sequence": 4 * tokens * widest * 4,
                 "second_moments": 4 * gram + (16 * widest * widest if gram else 0),
             }
+        if self.options.reconstruct:
+            parts["reconstruction"] = parts["activations"] + max(self._training_memory(tokens), default=0)
         return parts
+
+    def _training_memory(self, tokens: int) -> Iterator[int]:
+        """Bytes that training takes in each block, the activations between blocks excepted."""
+        for keys in self.blocks:
+            pruned = [d for key in keys if (d := self.decisions.get(key)) and d.pattern]
+            yield sum(16 * d.nnz + 8 * tokens * sum(d.shape) for d in pruned)
+
+
+def runs_model(options: ConvertOptions, pruner: Pruner) -> bool:
+    return pruner.needs_calibration or options.reconstruct > 0
 
 
 def stored_dtype(option: str, tensor: SourceTensor) -> torch.dtype:
@@ -154,7 +174,7 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     pruner = get_pruner(options.method)
     notes = _check_options(options)
     blocks_name, count = None, 0
-    if pruner.needs_calibration:
+    if runs_model(options, pruner):
         blocks_name, modules = find_blocks(structure.model)
         count = len(modules)
         for parameter in structure.parameters:
@@ -185,9 +205,12 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
     """The tensor of ``source`` that is ``parameter`` of the model; ``UserError`` when there is none."""
     key = structure.key_of(parameter, source.tensors)
     if key is None:
+        who, instead = pruner.name, "use --method magnitude"
+        if not pruner.needs_calibration:
+            who, instead = "--reconstruct", "leave it out"
         raise UserError(
-            f"{pruner.name} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
-            "together from several, as in mixtures of experts); use --method magnitude"
+            f"{who} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
+            f"together from several, as in mixtures of experts); {instead}"
         )
     return key
 
@@ -205,6 +228,11 @@ def _check_options(options: ConvertOptions) -> list[str]:
         raise UserError(
             f"sparsity {options.sparsity} contradicts the pattern {fmt.pattern}, which removes {fixed:g}; leave "
             "--sparsity out, or choose --pattern unstructured"
+        )
+    if options.method == "none" and options.reconstruct:
+        raise UserError(
+            "--reconstruct trains a pruned block to give the output of the dense one, and with --method none there is "
+            "no dense one; convert the model as it was before pruning, with a --method that prunes"
         )
     if options.method == "none" and "sparsity" in options.model_fields_set:
         notes.append("--sparsity is not used by --method none: the zeros of the model decide")

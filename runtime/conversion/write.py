@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from sparse_rt.conversion.plan import MAX_DENSITY, Decision, Plan
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.progress import Progress
-from sparse_rt.pruning import ActivationStats, BlockRunner
+from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Schedule, reconstruct
 
 FACTS_NAME = ".facts.jsonl"  # hidden: the manifest does not list it, it goes when everything else is in place
 
@@ -171,7 +170,9 @@ def write_weights(writing: Writing, runner: BlockRunner | None, tokens: Tensor |
         return
     progress.stage(f"embedding {len(tokens)} calibration sequences of {tokens.shape[1]} tokens")
     runner.start(tokens)
-    for index in progress.track(range(len(plan.blocks)), f"{plan.pruner.name}, block by block", total=len(plan.blocks)):
+    for index in progress.track(
+        range(len(plan.blocks)), f"{plan.options.method}, block by block", total=len(plan.blocks)
+    ):
         _write_block(writing, runner, index)
 
 
@@ -185,6 +186,8 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
     compressed: dict[str, tuple[Tensor, Tensor]] = {}
     if not (finished and last):
         runner.open(index)
+        if plan.options.reconstruct:
+            runner.advance_dense(index)
     if finished and not last:
         for decision in decisions:
             runner.set_weight(index, _inner(plan, runner, index, decision), read_back(writing.writer, decision))
@@ -202,7 +205,7 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
 
 
 def _prune_open_block(
-    writing: Writing, runner: BlockRunner, index: int, decisions: Iterable[Decision]
+    writing: Writing, runner: BlockRunner, index: int, decisions: list[Decision]
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Statistics with the block unpruned, then every linear pruned and put in place: name -> (values, metadata)."""
     plan = writing.plan
@@ -217,13 +220,48 @@ def _prune_open_block(
     for decision in decisions:
         inner = _inner(plan, runner, index, decision)
         seen = stats.pop(inner)
-        if not seen.sequences:
+        if not seen.sequences and not plan.pruner.needs_calibration:
+            seen = None
+        elif not seen.sequences:
             raise UserError(f"{decision.name} was not used by any calibration sequence; leave it dense with --ignore")
-        seen.check_finite(decision.name)
+        else:
+            seen.check_finite(decision.name)
         values, metadata, dense = writing.compress(decision, writing.read(decision), seen)
         compressed[decision.name] = (values.cpu(), metadata.cpu())
         runner.set_weight(index, inner, dense)
+    if plan.options.reconstruct and compressed:
+        compressed = _reconstruct(writing, runner, index, decisions, compressed)
     return compressed
+
+
+def _reconstruct(
+    writing: Writing,
+    runner: BlockRunner,
+    index: int,
+    decisions: list[Decision],
+    pruned: dict[str, tuple[Tensor, Tensor]],
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """``pruned`` with trained values where they bring the block's output closer to the dense one's, else as it was."""
+    plan, before = writing.plan, runner.error(index)
+    inner = {decision.name: _inner(plan, runner, index, decision) for decision in decisions}
+    weights = {inner[d.name]: Compressed(d.pattern, *pruned[d.name]) for d in decisions}
+    options = plan.options
+    schedule = Schedule(options.reconstruct, options.reconstruct_learning_rate, options.seed)
+    trained = reconstruct(runner, index, weights, schedule)
+    values = {d.name: normalize_zeros(trained[inner[d.name]].cpu().to(d.dtype)) for d in decisions}
+    found = {name: (values[name], metadata) for name, (_, metadata) in pruned.items()}
+
+    def put(weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+        for d in decisions:
+            runner.set_weight(index, inner[d.name], get_format(d.pattern).decompress(*weights[d.name], *d.shape))
+
+    put(found)
+    after = runner.error(index)
+    if not after < before or not all(bool(torch.isfinite(tensor).all()) for tensor in values.values()):
+        put(pruned)
+        found, after = pruned, before
+    writing.facts.add(runner.block_name(index), block_error={"before": round(before, 6), "after": round(after, 6)})
+    return found
 
 
 def _inner(plan: Plan, runner: BlockRunner, index: int, decision: Decision) -> str:

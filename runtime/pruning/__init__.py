@@ -2,14 +2,18 @@
 
 from sparse_rt.pruning.base import Pruner, get_pruner, known_pruners, register_pruner
 from sparse_rt.pruning.calibrate import BlockRunner, find_blocks
+from sparse_rt.pruning.reconstruct import Compressed, Schedule, reconstruct
 from sparse_rt.pruning.statistics import ActivationStats
 
 __all__ = [
     "ActivationStats",
     "BlockRunner",
+    "Compressed",
     "Pruner",
+    "Schedule",
     "find_blocks",
     "get_pruner",
     "known_pruners",
+    "reconstruct",
     "register_pruner",
 ]

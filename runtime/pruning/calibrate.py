@@ -42,7 +42,7 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     if not candidates:
         raise UserError(
             f"{type(model).__name__} keeps no decoder blocks in an nn.ModuleList, so it cannot be calibrated block by "
-            "block; use --method magnitude or none"
+            "block; use --method magnitude or none without --reconstruct"
         )
     _, name, blocks = max(candidates, key=lambda candidate: candidate[0])
     return name, blocks
@@ -56,14 +56,24 @@ class BlockRunner:
     """The activations of ``model`` (built on the meta device) while its blocks pass through memory one by one.
 
     ``load(name)`` returns the checkpoint tensor of parameter ``name``. Order of calls: ``start(tokens)``, then for
-    every block ``open``, ``collect`` (optional), ``set_weight`` (any number), ``advance``, ``close``.
-    Between blocks the activations rest in CPU memory: [1, T, hidden] a sequence.
+    every block ``open``, ``advance_dense`` and ``collect`` (optional), ``set_weight`` (any number), ``advance``,
+    ``close``. Between blocks the activations rest in CPU memory: [1, T, hidden] a sequence.
+
+    ``hidden`` are those of the model with the new weights. ``follow_dense`` carries those of the unpruned model too,
+    in ``dense``; ``advance_dense`` must then be called for every block while it is unpruned.
     """
 
-    def __init__(self, model: nn.Module, load: Callable[[str], Tensor], device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        model: nn.Module,
+        load: Callable[[str], Tensor],
+        device: torch.device | str = "cpu",
+        follow_dense: bool = False,
+    ):
         self.model, self.load, self.device = model.eval(), load, torch.device(device)
         self.name, self.blocks = find_blocks(model)
         self.hidden: list[Tensor] = []
+        self.dense: list[Tensor] | None = [] if follow_dense else None
         self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # per sequence, per block: args and kwargs
         self._pool: list[Tensor] = []  # the tensors among them, equal ones once
         _make_buffers(model, self.device)
@@ -78,6 +88,8 @@ class BlockRunner:
         try:
             for sequence in tokens:
                 self._record(sequence.unsqueeze(0).to(self.device))
+            if self.dense is not None:
+                self.dense = list(self.hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -106,8 +118,8 @@ class BlockRunner:
             for name, observer in observers.items()
         ]
         try:
-            for sequence in range(len(self.hidden)):
-                self._run(index, sequence)
+            for sequence, hidden in enumerate(self.hidden):
+                self._run(index, sequence, hidden)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -120,17 +132,38 @@ class BlockRunner:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Turn the activations into the outputs of block ``index``."""
-        for sequence in range(len(self.hidden)):
-            self.hidden[sequence] = self._run(index, sequence).cpu()
+        for sequence, hidden in enumerate(self.hidden):
+            self.hidden[sequence] = self._run(index, sequence, hidden).cpu()
+
+    @torch.no_grad()
+    def advance_dense(self, index: int) -> None:
+        """Turn the activations of the unpruned model into the outputs of block ``index``, which is unpruned still."""
+        for sequence, hidden in enumerate(self.dense):
+            self.dense[sequence] = self._run(index, sequence, hidden).cpu()
+
+    @torch.no_grad()
+    def error(self, index: int) -> float:
+        """||f(hidden) - dense|| / ||dense|| (Frobenius norms over all sequences) with the weights that are in place."""
+        difference = total = 0.0
+        for sequence, (hidden, dense) in enumerate(zip(self.hidden, self.dense, strict=True)):
+            dense = dense.to(self.device, torch.float32)
+            output = self._run(index, sequence, hidden).float()
+            difference += float((output - dense).square().sum(dtype=torch.float64))
+            total += float(dense.square().sum(dtype=torch.float64))
+        return (difference / max(total, torch.finfo(torch.float64).tiny)) ** 0.5
+
+    def call(self, index: int, sequence: int) -> tuple[tuple, dict[str, Any]]:
+        """What block ``index`` is called with besides the activations: (args, kwargs)."""
+        return self._calls[sequence][index]
 
     def close(self, index: int) -> None:
         """Forget the weights of block ``index``."""
         for module in self.blocks[index].modules():
             _drop(module)
 
-    def _run(self, index: int, sequence: int) -> Tensor:
-        args, kwargs = self._calls[sequence][index]
-        output = self.blocks[index](self.hidden[sequence].to(self.device), *args, **kwargs)
+    def _run(self, index: int, sequence: int, hidden: Tensor) -> Tensor:
+        args, kwargs = self.call(index, sequence)
+        output = self.blocks[index](hidden.to(self.device), *args, **kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def _is_inside(self, name: str) -> bool:
@@ -156,7 +189,7 @@ class BlockRunner:
                 if index != len(calls):
                     raise UserError(
                         f"{type(self.model).__name__} does not run its {len(self.blocks)} blocks once and in order, so "
-                        "it cannot be calibrated block by block; use --method magnitude or none"
+                        "it cannot be calibrated block by block; use --method magnitude or none without --reconstruct"
                     )
                 hidden = args[0] if args else kwargs.pop("hidden_states")
                 if index == 0:
@@ -242,5 +275,5 @@ def _make_buffers(model: nn.Module, device: torch.device) -> None:
             if bool((buffer.isnan() if buffer.is_floating_point() else buffer == -1).any()):
                 raise UserError(
                     f"transformers does not say how to compute buffer {name}.{key} without loading the whole model; "
-                    "use --method magnitude or none"
+                    "use --method magnitude or none without --reconstruct"
                 )

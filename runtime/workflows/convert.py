@@ -31,6 +31,7 @@ from sparse_rt.version import __version__
 
 # Options that change the bytes written; with another value for one of them an interrupted run is not continued.
 RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "overrides", "dtype", "max_shard_size")
+RELEVANT += ("reconstruct", "reconstruct_learning_rate")
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -39,6 +40,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     Raises ``UserError`` / ``FormatError`` for options and sources that cannot work, always before the output folder
     appears. An interruption keeps the finished shards in a hidden sibling of the output for ``--resume``; they are
     thrown away by ``--overwrite`` only.
+
+    ``reconstruct`` is an option here and no step of its own, because what it needs streams by here one block at a time:
+    the dense weights, and the activations of the dense and of the pruned model.
     """
     progress = progress or Progress()
     start = time.perf_counter()
@@ -52,7 +56,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
         progress.note(note)
     if options.dry_run:
         return dry_run(plan)
-    tokens = calibration_tokens(plan, progress) if plan.pruner.needs_calibration else None
+    tokens = calibration_tokens(plan, progress) if plan.runs_model else None
     mark = fingerprint(plan, tokens, device)
     refuse_unfinished(output, options)
     with output_directory(output, options.overwrite, resume=options.resume, keep=True) as partial:
@@ -88,7 +92,10 @@ def refuse_unfinished(output: Path, options: ConvertOptions) -> None:
 def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, progress: Progress) -> dict[str, Any]:
     if writer.done:
         progress.note(f"resuming: {len(writer.done)} tensors and weights are on disk already")
-    runner = BlockRunner(plan.structure.model, parameter_loader(plan), device) if tokens is not None else None
+    runner = None
+    if tokens is not None:
+        follow_dense = plan.options.reconstruct > 0
+        runner = BlockRunner(plan.structure.model, parameter_loader(plan), device, follow_dense)
     writing = Writing(plan, writer, device, plan.options.resume)
     write_weights(writing, runner, tokens, progress)
     facts = report(plan, writing.facts.known, writer)
@@ -96,7 +103,7 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
     copy_small_files(plan.source.folder, writer.folder)
     about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
     (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse))
-    kept = ("coverage_percent", "skipped", "reconstruction_error")
+    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error")
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
     writing.facts.remove()
@@ -104,7 +111,11 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
 
 
 def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWriter) -> dict[str, Any]:
-    """Bytes, coverage, achieved sparsity and reconstruction error of a written model; refuses an empty result."""
+    """Bytes, coverage, achieved sparsity and errors of a written model; refuses an empty result.
+
+    ``reconstruction_error`` is what the pruner did to the output of each linear, ``block_error`` the distance of each
+    block's output to the dense model's before and after ``--reconstruct``.
+    """
     writer.flush()
     decisions = [d for d in plan.decisions.values() if d.pattern]
     if not decisions:
@@ -123,6 +134,17 @@ def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWrite
     if errors:
         result["reconstruction_error"] = errors
         result["mean_reconstruction_error"] = round(sum(errors.values()) / len(errors), 6)
+    blocks = {name: fact["block_error"] for name, fact in facts.items() if "block_error" in fact}
+    if blocks:
+        result["block_error"] = blocks
+        for when in ("before", "after"):
+            result[f"mean_block_error_{when}"] = round(sum(e[when] for e in blocks.values()) / len(blocks), 6)
+        left = [name for name, error in blocks.items() if error["after"] == error["before"]]
+        if left:
+            plan.notes.append(
+                f"{len(left)} of {len(blocks)} blocks stayed as pruned, {left[0]} for one: training came no closer to "
+                "the dense output; try another --reconstruct-learning-rate or more steps"
+            )
     return {**result, "notes": plan.notes}
 
 
@@ -178,8 +200,8 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
     except Exception as error:  # whatever transformers or tokenizers raise for missing or damaged files
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{options.method} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
-            "copy its tokenizer files there, or use --method magnitude"
+            f"{_who(plan)} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
+            "copy its tokenizer files there, or use --method magnitude without --reconstruct"
         ) from error
     length = window_length(plan)
     if length < options.max_seq_len:
@@ -193,6 +215,10 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
             "the tokenizer belongs to another model"
         )
     return tokens
+
+
+def _who(plan: Plan) -> str:
+    return plan.options.method if plan.pruner.needs_calibration else "--reconstruct"
 
 
 def parameter_loader(plan: Plan) -> Callable[[str], Tensor]:
@@ -221,7 +247,10 @@ def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
     if unstructured and options.method != "none":
         names.append("sparsity")
     used = {name: getattr(options, name) for name in names}
-    if plan.pruner.needs_calibration:
+    if options.reconstruct:
+        names = ("reconstruct", "reconstruct_learning_rate")
+        used |= {name: getattr(options, name) for name in names}
+    if plan.runs_model:
         used |= {"dataset": options.dataset or "shipped calibration text", "seed": options.seed}
         samples, length = (options.num_samples, window_length(plan)) if tokens is None else tokens.shape
         used |= {"num_samples": int(samples), "max_seq_len": int(length)}

@@ -14,8 +14,13 @@ from sparse_rt.errors import UserError
 from sparse_rt.progress import Progress
 from sparse_rt.workflows.convert import convert
 
-# method, pattern, and after how many steps (tensors, or blocks when calibrated) the process dies
-CASES = {"magnitude": ("unstructured", 14), "none": ("unstructured", 14), "sparsegpt": ("2:4", 3)}
+# Options of a conversion, and after how many steps (tensors, or blocks when calibrated) the process dies.
+CASES = {
+    "magnitude": ({"method": "magnitude", "pattern": "unstructured"}, 14),
+    "none": ({"method": "none", "pattern": "unstructured"}, 14),
+    "sparsegpt": ({"method": "sparsegpt"}, 3),
+    "reconstruct": ({"method": "magnitude", "reconstruct": 3}, 3),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,18 +40,16 @@ def setting(tmp_path_factory):
     return folder
 
 
-def options(setting, output, method, **more):
+def options(setting, output, case, **more):
     fields = dict(
         model=str(setting / "model"),
         output_dir=output,
-        method=method,
-        pattern=CASES[method][0],
         dataset=str(setting / "text.txt"),
         num_samples=3,
         max_seq_len=24,
         max_shard_size="60kB",
     )
-    return ConvertOptions.build(**{**fields, **more})
+    return ConvertOptions.build(**{**fields, **CASES[case][0], **more})
 
 
 def digests(folder):
@@ -102,19 +105,19 @@ SCRIPT = textwrap.dedent(
 
 def test_killed_and_resumed_equals_uninterrupted(setting, tmp_path):
     jobs = []
-    for method, (_, after) in CASES.items():
-        chosen = options(setting, tmp_path / method, method)
+    for case, (_, after) in CASES.items():
+        chosen = options(setting, tmp_path / case, case)
         jobs.append(f"{chosen.model_dump_json(exclude_unset=True)}|{after}")
     run = subprocess.run([sys.executable, "-c", SCRIPT, *jobs], capture_output=True, text=True, timeout=300)
     assert run.stdout.split("\n")[-2] == str([-9] * len(CASES)), run.stderr
-    for method in CASES:
-        partial = partial_path(tmp_path / method)
-        assert not (tmp_path / method).exists() and len(list(partial.glob("part-*.safetensors"))) >= 2
+    for case in CASES:
+        partial = partial_path(tmp_path / case)
+        assert not (tmp_path / case).exists() and len(list(partial.glob("part-*.safetensors"))) >= 2
         progress = Interrupt()
-        resumed = convert(options(setting, tmp_path / method, method, resume=True), progress)
+        resumed = convert(options(setting, tmp_path / case, case, resume=True), progress)
         assert any(note.startswith("resuming: ") for note in progress.notes)
-        straight = convert(options(setting, tmp_path / f"{method}-straight", method))
-        assert digests(tmp_path / method) == digests(tmp_path / f"{method}-straight")
+        straight = convert(options(setting, tmp_path / f"{case}-straight", case))
+        assert digests(tmp_path / case) == digests(tmp_path / f"{case}-straight")
         assert not partial.exists()
         differing = {"seconds", "peak_memory_bytes", "output_dir"}
         assert {k: v for k, v in resumed.items() if k not in differing} == {
