@@ -33,6 +33,7 @@ import torch
 import torch.nn.functional as F
 from timing import Samples, ratio, spread, take_turns
 from torch import Tensor, nn
+from training_cost_baselines import DenseLoRA
 
 from sparse_rt.adapters.registry import get_adapter
 from sparse_rt.benchmarking.machine import commit, cpu_name
@@ -44,7 +45,6 @@ from sparse_rt.nn import SparseLinear
 SHAPES, TOKENS, THREADS = ("8192x2048", "2048x8192"), (256, 1024), (1, 2)
 CELLS = ("2:4", "unstructured:0.5", "unstructured:0.75")
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-RANK = 8
 MIN_TURNS, MAX_TURNS = 5, 200
 # What is compared with what, dense / sparse.
 PAIRS = {
@@ -55,20 +55,6 @@ PAIRS = {
     "values_grad": ("dense values_grad", "values_grad"),
     "spp_grad": ("dense values_grad", "spp_grad"),
 }
-
-
-class LoRA(nn.Module):
-    """y = x W^T + 2 (x A^T) B^T with W frozen; A and B in the dtype of W, as a bf16 fine-tuning run has them."""
-
-    def __init__(self, weight: Tensor):
-        super().__init__()
-        m, n = weight.shape
-        self.weight = weight
-        self.a = nn.Parameter(torch.randn(RANK, n).to(weight.dtype) / n**0.5)
-        self.b = nn.Parameter(torch.randn(m, RANK).to(weight.dtype) / n**0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) + 2.0 * F.linear(F.linear(x, self.a), self.b)
 
 
 class Full(nn.Module):
@@ -111,7 +97,7 @@ def columns(weight: Tensor, cell: str, tokens: int) -> dict[str, Callable[[int],
     dy = torch.randn(tokens, m).to(weight.dtype)
     still, wide, out = x.detach(), torch.empty(values.shape), torch.empty_like(values)
     found = {
-        "lora": step(LoRA(weight), x, dy),
+        "lora": step(DenseLoRA(weight), x, dy),
         "full": step(Full(weight), x, dy),
         "spp": step(layer, x, dy),
         "dense forward": lambda _: F.linear(still, weight),

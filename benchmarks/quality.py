@@ -1,8 +1,8 @@
 """Perplexity of the shipped model: dense, pruned, and repaired by every method with the same training tokens.
 
     cd benchmarks
-    python quality.py --output results/quality.jsonl --workdir /tmp/quality --tune   # learning rates, about 12 minutes
-    python quality.py --output results/quality.jsonl --workdir /tmp/quality          # the cells, about 70 core-minutes
+    python quality.py --output results/quality.jsonl --workdir /tmp/quality --tune   # learning rates, about 10 minutes
+    python quality.py --output results/quality.jsonl --workdir /tmp/quality          # the cells, about 60 core-minutes
     python quality_report.py results/quality.jsonl --plot results/quality.png
 
 Every cell prunes (Wanda or SparseGPT at 2:4, 50, 60 or 70 %), trains for ``--steps`` steps of 4 sequences of 256 tokens
@@ -14,6 +14,7 @@ product's own commands. Budgets are those of LoRA with rank 8: SPP with 16 group
     spp, masklora, seft, dcft, values    adapters on the compressed weights, merged with `merge`
     lora-remask                          PEFT's LoRA on the same weights stored densely, mask applied after merging
     reconstruct                          `convert --reconstruct`: no training text, the calibration text block by block
+    spp-float64                          only if asked for: SPP's published equations, dense, the whole model in float64
 
 The learning rate of a method is the best of four (``MULTIPLES`` of its default) on one base, with a seed and a part of
 the held-out text that the table does not use. Cells that the output file holds
@@ -76,7 +77,8 @@ def key_of(row: dict[str, Any]) -> tuple:
 
 def tuned_rate(rows: list[dict[str, Any]], method: str) -> float:
     """The learning rate with the lowest perplexity in the trials."""
-    tried = [row for row in rows if row["kind"] == "tune" and row["method"] == method]
+    tuned = "spp" if method == methods.REFERENCE else method
+    tried = [row for row in rows if row["kind"] == "tune" and row["method"] == tuned]
     if not tried:
         raise click.UsageError(f"no learning rate of {method} was tried; run with --tune first")
     return min(tried, key=lambda row: row["validation_perplexity"])["learning_rate"]
@@ -85,7 +87,7 @@ def tuned_rate(rows: list[dict[str, Any]], method: str) -> float:
 def measure(cell: Cell, rows: list[dict[str, Any]], workdir: Path, steps: int) -> dict[str, Any]:
     start = time.perf_counter()
     base = methods.pruned(workdir, cell.base)
-    trained = cell.method in methods.TRAINED
+    trained = cell.method in (*methods.TRAINED, methods.REFERENCE)
     rate = (cell.rate or tuned_rate(rows, cell.method)) if trained else None
     room = workdir / f"cell-{cell.method}-{cell.seed}-{torch.randint(1 << 30, ()).item()}"
     room.mkdir()
@@ -118,9 +120,15 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="JSON lines, appended to")
 @click.option("--workdir", type=click.Path(path_type=Path), required=True, help="folder for the pruned models")
 @click.option("--tune", is_flag=True, help="try the learning rates instead of running the cells")
-@click.option("--method", "names", multiple=True, type=click.Choice(methods.METHODS), help="default: all")
+@click.option(
+    "--method",
+    "names",
+    multiple=True,
+    type=click.Choice((*methods.METHODS, methods.REFERENCE)),
+    help="default: all but spp-float64",
+)
 @click.option("--seed", "seeds", multiple=True, type=int, default=SEEDS, show_default=True)
-@click.option("--steps", default=64, show_default=True)
+@click.option("--steps", default=48, show_default=True)
 @click.option("--part", default="0/1", help="this process takes every k-th cell: INDEX/COUNT")
 def main(output: Path, workdir: Path, tune: bool, names: tuple[str, ...], seeds, steps: int, part: str) -> None:
     torch.set_num_threads(1)

@@ -28,6 +28,7 @@ NAMES = {
     "masklora": "MaskLoRA",
     "seft": "SEFT",
     "values": "values (all kept)",
+    "spp-float64": "SPP, dense, float64",
 }
 
 

@@ -63,3 +63,16 @@ def test_lora_then_remask_leaves_the_zeros_zero(tmp_path):
     for name, layer in sparse_linears(load(folder)):
         weight = model.get_submodule(name).weight
         assert not weight[~layer.mask()].any() and not torch.equal(weight, base.get_submodule(name).weight)
+
+
+def test_spp_in_float64_starts_and_ends_where_the_product_does(tmp_path):
+    folder = helpers.compress_folder(helpers.tiny_llama(tmp_path / "dense", dtype=torch.float32), tmp_path / "b", "2:4")
+    training = dict(seed=3, rate=0.02, steps=3)
+    model, facts = quality_methods.spp_in_float64(folder, tmp_path, **training)
+    ours, told = quality_methods.adapted("spp", folder, tmp_path, **training)
+    assert facts["trainable_parameters"] == told["trainable_parameters"] and facts["tokens"] == told["tokens"]
+    base = dict(sparse_linears(load(folder)))
+    for name, layer in sparse_linears(ours):
+        moved = model.get_submodule(name).weight - base[name].decompress()
+        found = layer.decompress() - base[name].decompress()
+        assert moved.any() and (found - moved).norm() < 1e-3 * moved.norm(), name
