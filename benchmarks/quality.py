@@ -13,7 +13,8 @@ product's own commands. Budgets are those of LoRA with rank 8: SPP with 16 group
 
     spp, masklora, seft, dcft, values    adapters on the compressed weights, merged with `merge`
     lora-remask                          PEFT's LoRA on the same weights stored densely, mask applied after merging
-    reconstruct                          `convert --reconstruct`: no training text, the calibration text block by block
+    reconstruct                          `convert --reconstruct`: no training text, the calibration text block by block,
+                                         as many steps a block
     spp-float64                          only if asked for: SPP's published equations, dense, the whole model in float64
 
 The learning rate of a method is the best of four (``MULTIPLES`` of its default) on one base, with a seed and a part of
@@ -102,7 +103,7 @@ def measure(cell: Cell, rows: list[dict[str, Any]], workdir: Path, steps: int) -
         "sparsity": cell.base[2],
         "method": cell.method,
         "seed": cell.seed,
-        "steps": steps if trained else 0,
+        "steps": 0 if cell.method in ("dense", "pruned") else steps,
         "learning_rate": rate,
         **found,
         "cell_seconds": round(time.perf_counter() - start, 1),

@@ -83,7 +83,8 @@ def perplexities(
     elif method == "pruned":
         model = load(folder)
     elif method == "reconstruct":
-        model = load(pruned(room, base, reconstruct=True, seed=seed))
+        # A step of reconstruction takes two calibration sequences of 512 tokens: as many tokens as one of training.
+        model = load(pruned(room, base, reconstruct=steps, seed=seed))
     elif method in DENSE:
         model, facts = DENSE[method](folder, room, seed, rate, steps)
     else:
