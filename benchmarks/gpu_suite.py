@@ -1,6 +1,7 @@
 """Everything about the GPU kernels that only a GPU can tell, in one command that ends after eight minutes.
 
     python benchmarks/gpu_suite.py --output results                       # from the repository's root
+    python benchmarks/gpu_suite.py --output results --install             # and use what was measured
     python benchmarks/gpu_suite.py --output results --group decode        # a part of it
     python benchmarks/gpu_suite.py --output out --dry-run --device cpu    # does it run; Triton's interpreter, no GPU
     python benchmarks/gpu_suite_report.py results/gpu_suite.jsonl         # the tables again
@@ -8,9 +9,15 @@
 Needs torch >= 2.11, Triton >= 3.6, transformers, and nothing else but this repository, which need not be installed.
 
 First every kernel is compared with float64 on the GPU (gpu_suite_checks.py), several groups of checks side by side.
-Then layers are timed against cuBLAS in the same run (gpu_suite_speed.py), and a model generates
-(gpu_suite_generate.py). The most important shapes come first; what the time does not suffice for is reported as
-skipped. A measurement appears only if the result that was timed had been compared with float64.
+Then layers are timed against cuBLAS in the same run (gpu_suite_speed.py), training steps against what they replace
+(gpu_suite_cost.py), and a model generates (gpu_suite_generate.py). The most important shapes come first; what the time
+does not suffice for is reported as skipped. A measurement appears only if the result that was timed had been compared
+with float64.
+
+Checks and timings force every kernel and the way without it, whatever the dispatch table of this GPU says. From what
+was timed DIR/<gpu>.json is made (gpu_suite_table.py): the table that says for which products a kernel is used. The
+model generates with it. --install puts it beside the others (kernels/triton/configs), for this machine and, committed,
+for everybody.
 
 Every group runs in a process of its own: an illegal access spoils a process for good. When one ends early, the task
 that it was at becomes an error row and a new process goes on with the next task. DIR/gpu_suite.jsonl holds all rows as
@@ -33,16 +40,18 @@ from functools import partial
 from pathlib import Path
 
 import gpu_suite_report
+import gpu_suite_table
 
 # Group -> share of the time after which it ends at the latest. Checks run side by side, then the others in this order.
 CHECKS = dict.fromkeys(
     ("ops-2:4", "ops-unstructured", "ops-4:8", "packed-2:4", "packed-unstructured", "gradients", "whole"), 0.35
 )
 SPEED = {
-    "decode": 0.48,
-    "prefill": 0.58,
-    "training": 0.68,
-    "generate": 0.84,
+    "decode": 0.47,
+    "prefill": 0.56,
+    "training": 0.63,
+    "cost": 0.72,
+    "generate": 0.86,
     "decode-more": 0.93,
     "prefill-more": 0.97,
     "training-more": 1.0,
@@ -52,6 +61,8 @@ SIDE_BY_SIDE = 7
 GRACE = 20.0  # seconds beyond its deadline after which a process is ended
 MAX_RESTARTS = 30
 BROKEN = 70  # exit status of a worker whose GPU context is spoiled
+GENERATE = "generate"
+KERNELS_VARIABLE = "SPARSE_RT_GPU_KERNELS"
 ROWS, REPORT = "gpu_suite.jsonl", "gpu_suite.md"
 
 
@@ -63,7 +74,9 @@ def task_lists() -> dict[str, Callable]:
     found = {name: partial(checks.tasks, group=name) for name in CHECKS}
     for kind in ("decode", "prefill", "training"):
         found[kind], found[f"{kind}-more"] = speed.tasks(kind, FIRST), speed.tasks(kind, MORE)
-    return {"environment": checks.environment, **found, "generate": generate.tasks}
+    cost = importlib.import_module("gpu_suite_cost")
+    found["cost"] = partial(cost.tasks, models=("Llama-3-8B", "Llama-3.2-1B"))
+    return {"environment": checks.environment, **found, GENERATE: generate.tasks}
 
 
 def work(options: argparse.Namespace) -> int:
@@ -109,7 +122,7 @@ class Worker:
     def launch(self) -> None:
         command = [sys.executable, __file__, "--work", self.groups, "--device", self.options.device]
         command += ["--deadline", repr(self.deadline), "--start", str(self.last["number"] + 1), "--output", "."]
-        environment = dict(os.environ)
+        environment = {**os.environ, KERNELS_VARIABLE: self.options.kernels}
         if self.options.dry_run:
             command.append("--dry-run")
             environment |= {"TRITON_INTERPRET": "1"} if self.options.device == "cpu" else {}
@@ -192,10 +205,27 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes; on the CPU in Triton's interpreter")
     parser.add_argument("--group", action="append", choices=[*CHECKS, *SPEED], help="default: all of them")
+    parser.add_argument("--install", action="store_true", help="use the measured dispatch table from now on")
     parser.add_argument("--side-by-side", type=int, default=SIDE_BY_SIDE, help="processes that check at the same time")
     for name, kind in (("--work", str), ("--deadline", float), ("--start", int)):
         parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.kernels = "all"  # of the workers: SPARSE_RT_GPU_KERNELS
+    return options
+
+
+def finish(rows: list[dict], options: argparse.Namespace) -> None:
+    """The dispatch table and the report, into the output folder."""
+    file = gpu_suite_table.write(rows, options.output)
+    table = json.loads(file.read_text(encoding="utf-8"))
+    text = gpu_suite_report.report(rows) + "\n" + gpu_suite_table.described(table)
+    (options.output / REPORT).write_text(text, encoding="utf-8")
+    print(text)
+    if options.install and not options.dry_run:
+        file = gpu_suite_table.write(rows, gpu_suite_table.FOLDER)
+        print(f"Installed {file}; commit it for everybody.")
+    else:
+        print(f"To use what was measured: cp {file} {gpu_suite_table.FOLDER}/, or {KERNELS_VARIABLE}={file}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -212,11 +242,13 @@ def main(arguments: list[str] | None = None) -> int:
         run_groups(
             {name: share for name, share in CHECKS.items() if name in wanted}, options, rows, options.side_by_side
         )
-        run_groups({name: share for name, share in SPEED.items() if name in wanted}, options, rows, 1)
+        for name, share in SPEED.items():
+            if name in wanted:
+                # The model runs as it will for users: with the table of what has been timed so far.
+                options.kernels = str(gpu_suite_table.write(rows.all, options.output)) if name == GENERATE else "all"
+                run_groups({name: share}, options, rows, 1)
     rows.file.close()
-    text = gpu_suite_report.report(rows.all)
-    (options.output / REPORT).write_text(text, encoding="utf-8")
-    print(text)
+    finish(rows.all, options)
     return int(any(row.get("error") for row in rows.all))
 
 

@@ -13,11 +13,13 @@ import gpu_suite_whole
 import torch
 import torch.nn.functional as F
 from gpu_common import Cell, Context, Row, Task, Wrong, check_error, poison, product64, random_mask, rms
+from gpu_suite_speed import forced
 from torch import Tensor
 
 from sparse_rt.benchmarking.machine import machine, machine_line
 from sparse_rt.formats import get_format
 from sparse_rt.kernels import ops, packed
+from sparse_rt.kernels.triton import packed as gpu_packed
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # (m, n): one group, odd sizes, a size with whole tiles, more columns than 16 bits count, more rows than a wave.
@@ -161,7 +163,7 @@ def ops_parts(context: Context, pattern: str) -> list[tuple[str, Callable[[Conte
 def check_ops(
     context: Context, *, cell: Cell, m: int, n: int, dtype: torch.dtype, tokens_list: tuple[int, ...]
 ) -> None:
-    """The five operations through the dispatch, and the tile kernels where the dispatch would not take them."""
+    """The five operations by way of the dense weight, as on an unmeasured GPU, and by the tile kernels."""
     device = context.device
     weight = Weight(cell, m, n, dtype, device)
     fields = {**cell.fields, "m": m, "n": n}
@@ -184,28 +186,23 @@ def check_ops(
         grad64 = product64(dy.t(), x.t())
         for like in {dtype, FP32}:
             values_like, named["result_dtype"] = given[0].to(like), like
-            run = partial(ops.values_grad, dy, x, given[1], *shape, values_like)
             wanted = grad64[weight.mask].view(given[0].shape)
-            product(context, {**named, "check": "values_grad"}, run, lambda w=wanted, t=like: w.to(t), wanted)
+            for name, kernels in (("values_grad kernel", ("values_grad",)), ("values_grad", ())):
+                run = forced(kernels, ops.values_grad, dy, x, given[1], *shape, values_like)
+                product(context, {**named, "check": name}, run, lambda w=wanted, t=like: w.to(t), wanted)
 
 
 def linear_ways(x: Tensor, given: tuple[Tensor, Tensor], bias: Tensor | None, shape: tuple, tokens: int) -> dict:
-    from sparse_rt.kernels.triton import linear as kernels
-
-    ways = {"linear": partial(ops.linear, x, *given, bias, *shape)}
-    if tokens > 64:
-        ways["linear kernel"] = partial(kernels.linear, x, *given, bias, *shape)
-    else:
-        wide = torch.cat([x, x], 1)[:, : x.shape[1]]  # rows of another tensor
-        ways["linear, strided"] = partial(ops.linear, wide, *given, bias, *shape)
-    return ways
+    wide = torch.cat([x, x], 1)[:, : x.shape[1]] if tokens <= 64 else x  # rows of another tensor
+    return {
+        "linear": forced((), ops.linear, x, *given, bias, *shape),
+        "linear kernel": forced(("linear",), ops.linear, wide, *given, bias, *shape),
+    }
 
 
 def linear_t_ways(dy: Tensor, given: tuple[Tensor, Tensor], shape: tuple, once: bool) -> dict:
-    from sparse_rt.kernels.triton import linear as kernels
-
-    ways = {"linear_t kernel": partial(kernels.linear_t, dy, *given, *shape)}
-    return ways | ({"linear_t": partial(ops.linear_t, dy, *given, *shape)} if once else {})
+    ways = {"linear_t kernel": forced(("linear_t",), ops.linear_t, dy, *given, *shape)}
+    return ways | ({"linear_t": forced((), ops.linear_t, dy, *given, *shape)} if once else {})
 
 
 def check_large(context: Context, *, pattern: str) -> None:
@@ -259,35 +256,49 @@ def check_packed(context: Context, *, cell: Cell, m: int, n: int, dtype: torch.d
     """There and back bit for bit, and the product for few and many tokens."""
     weight = Weight(cell, m, n, dtype, context.device)
     fields = {**cell.fields, "m": m, "n": n, "dtype": str(dtype).removeprefix("torch.")}
-    reason = packed.refusal(cell.pattern, m, n, dtype, context.device.type)
+    reason = packed.refusal(cell.pattern, m, n, dtype, context.device.type) if not context.dry else None
     if reason is not None:
         must = dtype == BF16 and n >= 256 and not context.dry
         refused = {"kind": "check", **fields, "check": "pack", "refused": reason}
         return context.emit({**refused, "error": f"refused: {reason}"} if must else refused)
+    layouts = ["d4"]
+    if cell.pattern == "2:4" and dtype in (BF16, FP16) and context.device.type == "cuda":
+        layouts.append("mma_sp")
+    for layout in layouts:
+        check_layout(context, weight, {**fields, "layout": layout})
+
+
+def check_layout(context: Context, weight: Weight, fields: Row, tokens_list: tuple[int, ...] = PACKED_TOKENS) -> None:
+    """One layout: there and back, its kernels up to their limits, the dense weight formed from it for the rest."""
     made: list[Tensor] = []
+    m, n, dtype, layout = weight.m, weight.n, weight.values.dtype, fields["layout"]
 
     def there_and_back():
-        made.append(packed.pack(*weight.canonical, *weight.shape))
-        return zip(packed.unpack(made[0], *weight.shape), weight.canonical, strict=True)
+        made.append(gpu_packed.pack(*weight.canonical, *weight.shape, layout))
+        return zip(gpu_packed.unpack(made[0], *weight.shape), weight.canonical, strict=True)
 
     equal(context, {**fields, "check": "pack and unpack"}, there_and_back)
     if not made:
-        return None
-    fields["layout"] = packed.describe(made[0])["layout"]
-    bias = torch.randn(m, device=context.device).to(dtype)
-    for tokens in (1, 17) if context.dry else PACKED_TOKENS:
+        return
+    bias, on_gpu = torch.randn(m, device=context.device).to(dtype), context.device.type == "cuda"
+    linear = packed.packed_linear if on_gpu else gpu_packed.linear  # the operator of the CPU has other layouts
+    for tokens in (1, 17) if context.dry else tokens_list:
         x = torch.randn(tokens, n, device=context.device).to(dtype)
         b = bias if tokens % 2 else None
-        named = {**fields, "tokens": tokens, "result_dtype": dtype, "check": "packed_linear"}
-        run, plain = partial(packed.packed_linear, x, made[0], b, m, n), partial(F.linear, x, weight.dense, b)
-        with torch.no_grad():
-            product(context, named, run, plain, product64(x, weight.dense, b))
+        plain, y64 = partial(F.linear, x, weight.dense, b), product64(x, weight.dense, b)
+        for name, kernels in (("packed_linear", tuple(layout.split("+"))), ("packed_linear, dense", ())):
+            if kernels or tokens in (1, 17):
+                run = forced(kernels, linear, x, made[0], b, m, n)
+                named = {**fields, "tokens": tokens, "result_dtype": dtype, "check": name}
+                with torch.no_grad():
+                    product(context, named, run, plain, y64)
+    if not on_gpu:
+        return
     x = torch.randn(5, n, device=context.device).to(dtype).requires_grad_()
     dy = torch.randn(5, m, device=context.device).to(dtype)
     named = {**fields, "tokens": 5, "result_dtype": dtype, "check": "packed_linear gradient"}
     run = lambda: torch.autograd.grad(packed.packed_linear(x, made[0], None, m, n), x, dy)[0]  # noqa: E731
     product(context, named, run, lambda: dy @ weight.dense, product64(dy, weight.dense.t()))
-    return None
 
 
 def check_cslt(context: Context) -> None:
@@ -310,4 +321,7 @@ def check_cslt(context: Context) -> None:
             run = partial(cslt.linear, x, blob, bias, weight.m, weight.n)
             plain = partial(F.linear, x, weight.dense, bias)
             product(context, named, run, plain, product64(x, weight.dense, bias))
+    for layout in ("cslt", "mma_sp+cslt"):
+        named = {**weight.cell.fields, "m": weight.m, "n": weight.n, "layout": layout}
+        check_layout(context, weight, named, (1, 16, 512, 2000))
     return None

@@ -33,7 +33,7 @@ class Bar:
 def _decode(pattern: str, sparsity: float, low: int, high: int) -> Callable[[Row], bool]:
     return lambda row: (
         row["kind"] == "decode"
-        and row["path"] == "packed"
+        and row["path"] in ("d4", "mma_sp")
         and (row["pattern"], row["sparsity"]) == (pattern, sparsity)
         and low <= row["tokens"] <= high
     )
@@ -61,6 +61,7 @@ BARS = (
     Bar("training step, unstructured", 0.9, _training(False)),
 )
 BAR_MODEL = "Llama-3-8B"
+BASELINES = ("official_spp", "lora", "masked_dense")  # of training costs, training_cost_baselines.py
 
 
 def report(rows: Rows) -> str:
@@ -73,6 +74,8 @@ def report(rows: Rows) -> str:
             parts.append(grid(f"{title}, {tokens} tokens, {path}: cuBLAS time / sparse time", chosen))
     for path in sorted({row["path"] for row in good if row["kind"] == "training"}):
         parts.append(training([row for row in good if row["kind"] == "training" and row["path"] == path], path))
+    for path in sorted({row["path"] for row in good if row["kind"] == "cost"}):
+        parts.append(cost([row for row in good if row["kind"] == "cost" and row["path"] == path], path))
     parts += [generation(good), slower(good), errors(rows), skipped(rows)]
     return "\n".join(part for part in parts if part)
 
@@ -149,6 +152,27 @@ def training(rows: Rows, path: str) -> str:
         )
     columns = ("layer", "tokens>", "weight", "dense us>", "ratio>", "with AdamW>", "weight bytes>", "training bytes>")
     return f"## Training step, {path}: forward and backward, dense / sparse\n\n{markdown_table(columns, lines)}"
+
+
+def cost(rows: Rows, path: str) -> str:
+    """What a step costs against those on a dense weight, in time and in memory beyond the weights."""
+    lines = []
+    for row in rows:
+        peaks = row.get("peak_bytes", {})
+        mega = [f"{peaks[name] / 1e6:.0f}" if name in peaks else "" for name in ("official_spp", "lora", "sparse")]
+        ratios = [row["ratios"].get(name, {}).get("median") for name in BASELINES]
+        scratch = row.get("scratch_ratio", {}).get("median")
+        lines.append(
+            (
+                *(f"{row['model']} {row['layer']}", row["tokens"], cell(row)),
+                f"{row['us']['sparse']['median']:.0f}",
+                *("" if value is None else f"{value:.2f}" for value in (*ratios, scratch)),
+                *mega,
+            )
+        )
+    columns = ("layer", "tokens>", "weight", "us>", "official SPP>", "LoRA>", "masked dense>", "without kernel>")
+    table = markdown_table((*columns, "peak MB official SPP>", "LoRA>", "this>"), lines)
+    return f"## Cost of a training step, {path}: time of each / time of this\n\n{table}"
 
 
 def generation(rows: Rows) -> str:

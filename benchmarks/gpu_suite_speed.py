@@ -3,8 +3,16 @@
 Every row was checked before it was timed: the relative RMS error to the float64 product of the same rounded weights is
 at most 1.5 times that of cuBLAS on the unpruned weight. ``ratio`` is dense / sparse within a turn.
 
-Paths of a product: ``packed`` is the layout that serving makes at load (``kernels.packed``); ``canonical`` works on
-values and metadata as they are stored (``kernels.ops``), as training does; ``cslt`` is cuSPARSELt through torch.
+Paths of a product, each forced (``dispatch.forced``) whatever the dispatch table of this GPU says:
+
+    scratch          what an unmeasured GPU does: the dense weight formed in scratch from values and metadata, cuBLAS
+    linear           the kernel that decodes values and metadata as they are stored
+    d4, mma_sp       the kernels of the layouts that serving makes at load
+    d4 scratch, ...  products of those layouts that their kernels do not take: the dense weight formed from them
+    cslt             cuSPARSELt through torch
+
+``scratch_ratio`` is the time of ``scratch`` / the time of this path: the dispatch table (gpu_suite_table.py) uses a
+kernel where it is above 1.
 """
 
 from __future__ import annotations
@@ -31,17 +39,21 @@ from gpu_common import (
     rms,
 )
 from gpu_timing import Calls, take_turns
+from timing import ratio
 from torch import Tensor
 
 from sparse_rt.formats import get_format
-from sparse_rt.kernels import factors, ops, packed
+from sparse_rt.kernels import factors, ops
+from sparse_rt.kernels.triton import dispatch, packed
 
-DECODE_TOKENS, PREFILL_TOKENS, TRAINING_TOKENS = (1, 4, 8, 16), (512, 2048, 8192), (4096,)
+DECODE_TOKENS, PREFILL_TOKENS, TRAINING_TOKENS = (1, 4, 8, 16, 64), (512, 2048, 8192), (4096,)
+MOST_DECODE_TOKENS = DECODE_TOKENS[-1]  # beyond the bars; for dispatch
 DRY_TOKENS = {"decode": (1, 3), "prefill": (80,), "training": (70,)}
+DX_TOKENS, DRY_DX_TOKENS = (16, 512), (3,)
 SAMPLED_TOKENS = 256  # of a long batch are compared with float64
-# Shapes on which the canonical path is timed at few tokens too: it decides the dispatch rule, not a bar.
+# Shapes on which the kernels of stored weights, and 64 tokens, are timed too: dispatch needs them, no bar does.
 CANONICAL_SHAPES = ("q/o", "gate/up")
-CANONICAL_TOKENS = (1, 16)
+KERNEL_TOKENS = 512  # the most that kernels without tensor-core speed are timed for
 PREFILL_CELLS = ("2:4", "50%", "75%", "90%")
 TRAINING_CELLS = PREFILL_CELLS
 SPP_GROUPS, SPP_SCALE = 16, 1.0
@@ -67,14 +79,23 @@ class Sparse:
         return self.values.nbytes + self.metadata.nbytes
 
     @functools.cached_property
-    def packed_copies(self) -> tuple[list[Tensor], Row]:
-        """The derived layout in as many copies as no cache holds, and what it is; it must come back bit for bit."""
-        made = packed.pack(self.values, self.metadata, *self.shape)
-        back = packed.unpack(made, *self.shape)
-        if not all(torch.equal(a, b) for a, b in zip((self.values, self.metadata), back, strict=True)):
-            raise ValueError("the packed weight does not come back bit for bit")
-        facts = {"layout": packed.describe(made)["layout"], "sparse_bytes": made.nbytes}
-        return [made, *(made.clone() for _ in range(copies_for(made.nbytes, self.dry) - 1))], facts
+    def packed_copies(self) -> dict[str, tuple[list[Tensor], Row]]:
+        """Made by ``layout_copies``."""
+        return {}
+
+    def layout_copies(self, layout: str) -> tuple[list[Tensor], Row]:
+        """A derived layout in as many copies as no cache holds, and what it is; it must come back bit for bit."""
+        if layout not in self.packed_copies:
+            made = packed.pack(self.values, self.metadata, *self.shape, layout)
+            back = packed.unpack(made, *self.shape)
+            if not all(torch.equal(a, b) for a, b in zip((self.values, self.metadata), back, strict=True)):
+                raise ValueError("the packed weight does not come back bit for bit")
+            facts = {"layout": packed.describe(made)["layout"], "sparse_bytes": made.nbytes}
+            copies = [made, *(made.clone() for _ in range(copies_for(made.nbytes, self.dry) - 1))]
+            for copy in copies:  # so that no product has to look at a header first
+                packed.describe(copy)
+            self.packed_copies[layout] = copies, facts
+        return self.packed_copies[layout]
 
     @functools.cached_property
     def canonical_copies(self) -> list[tuple[Tensor, Tensor]]:
@@ -82,12 +103,15 @@ class Sparse:
 
     def columns(self, path: str, x: Tensor) -> tuple[Calls, Row]:
         """One call per copy of the weight, and facts for the row."""
-        if path == "packed":
-            copies, facts = self.packed_copies
-            return [partial(packed.packed_linear, x, copy, None, self.m, self.n) for copy in copies], facts
+        kernel, _, way = path.partition(" ")
+        kernels = () if "scratch" in (kernel, way) else (kernel,)
         if path == "cslt":
             return self.library_columns(x)
-        calls = [partial(ops.linear, x, *copy, None, *self.shape) for copy in self.canonical_copies]
+        if kernel in ("d4", "mma_sp"):
+            copies, facts = self.layout_copies(kernel)
+            calls = [forced(kernels, packed.linear, x, copy, None, self.m, self.n) for copy in copies]
+            return calls, facts
+        calls = [forced(kernels, ops.linear, x, *copy, None, *self.shape) for copy in self.canonical_copies]
         return calls, {"layout": "canonical", "sparse_bytes": self.nbytes}
 
     def library_columns(self, x: Tensor) -> tuple[Calls, Row]:
@@ -136,19 +160,31 @@ def products(context: Context, *, kind: str, fields: Row) -> None:
     dense = [weight, *(weight.clone() for _ in range(copies_for(weight.nbytes, context.dry) - 1))]
     weights = {cell: Sparse(weight, cell, context.dry) for cell in cells}
     for tokens in tokens_list:
+        if tokens == MOST_DECODE_TOKENS and fields["layer"] not in CANONICAL_SHAPES:
+            continue
         if context.late():
             context.emit({**fields, "tokens": tokens, "kind": "skipped", "reason": "time"})
             continue
         one_number_of_tokens(context, kind, {**fields, "tokens": tokens}, inputs[tokens], dense, weights)
 
 
-def paths_of(kind: str, layer: str, tokens: int, cell: Cell, dry: bool) -> tuple[str, ...]:
-    if dry:
-        return "packed", "canonical"
-    if kind == "decode":
-        canonical = layer in CANONICAL_SHAPES and tokens in CANONICAL_TOKENS
-        return ("packed", "canonical") if canonical else ("packed",)
-    return ("packed", "canonical", "cslt") if cell.pattern == "2:4" else ("packed", "canonical")
+def paths_of(layer: str, tokens: int, cell: Cell, context: Context) -> tuple[str, ...]:
+    """What is timed for a cell: "scratch" first, which all others are compared with."""
+    from sparse_rt.kernels.triton import cslt, mma_sp
+
+    if context.dry:
+        return "scratch", "linear", "d4", "d4 scratch"
+    canonical, sparse_cores = layer in CANONICAL_SHAPES, cell.pattern == "2:4"
+    layout, found = "mma_sp" if sparse_cores else "d4", ["scratch"]
+    if tokens <= (mma_sp.MAX_TOKENS if sparse_cores else KERNEL_TOKENS) and (tokens < KERNEL_TOKENS or canonical):
+        found.append(layout)
+    if canonical and tokens <= KERNEL_TOKENS:
+        found.append("linear")
+    if tokens >= KERNEL_TOKENS:
+        found.append(f"{layout} scratch")
+    if sparse_cores and cslt.refusal(torch.bfloat16, 16, 16) is None:
+        found.append("cslt")
+    return tuple(found)
 
 
 @torch.no_grad()
@@ -162,7 +198,7 @@ def one_number_of_tokens(
     facts: dict[Any, Row] = {}
     for cell, weight in weights.items():
         expected = product64(x[sample], weight.dense)
-        for path in paths_of(kind, fields["layer"], x.shape[0], cell, context.dry):
+        for path in paths_of(fields["layer"], x.shape[0], cell, context):
             named = {**fields, **cell.fields, "path": path}
 
             def prepare(weight=weight, path=path, named=named, expected=expected, cell=cell):
@@ -179,7 +215,24 @@ def one_number_of_tokens(
     seconds = 0.0 if context.dry else (0.12 if kind == "decode" else 0.3)
     times, columns = take_turns(calls, x.device, seconds=seconds, min_turns=3 if context.dry else 11)
     for key, row in facts.items():
-        context.emit({**row, "dense_bytes": dense[0].nbytes, **figures(times, DENSE, key), **graph_facts(columns[key])})
+        found = {**figures(times, DENSE, key), **graph_facts(columns[key]), **against_scratch(times, key)}
+        context.emit({**row, "dense_bytes": dense[0].nbytes, **found})
+
+
+def against_scratch(times: dict[Any, list[float]], key: tuple[Cell, str]) -> Row:
+    """How much faster a path is than what an unmeasured GPU does."""
+    plain = key[0], "scratch"
+    return {"scratch_ratio": ratio(times[plain], times[key])} if plain in times and key != plain else {}
+
+
+def forced(kernels: tuple[str, ...], call: Callable, *arguments: Any) -> Callable[[], Any]:
+    """``call`` with these GPU kernels and no other, whatever has been measured."""
+
+    def run() -> Any:
+        with dispatch.forced(*kernels):
+            return call(*arguments)
+
+    return run
 
 
 def sampled(x: Tensor) -> Tensor:
@@ -196,10 +249,42 @@ def graph_facts(column: Any) -> Row:
     return found | ({"no_graph": column.capture_error} if column.capture_error else {})
 
 
+@torch.no_grad()
+def input_gradients(context: Context, fields: Row, weight: Tensor) -> None:
+    """dX = dY W by the kernel of stored weights, for dispatch: rows of kind "dx"."""
+    dense = [weight, *(weight.clone() for _ in range(copies_for(weight.nbytes, context.dry) - 1))]
+    weights = {cell: Sparse(weight, cell, context.dry) for cell in context.cells}
+    for tokens in DRY_DX_TOKENS if context.dry else DX_TOKENS:
+        dy = torch.randn(tokens, weight.shape[0], device=weight.device).to(torch.bfloat16)
+        calls: dict[Any, Calls] = {DENSE: [partial(torch.matmul, dy, copy) for copy in dense]}
+        facts: dict[Any, Row] = {}
+        for cell, path in ((cell, path) for cell in weights for path in ("scratch", "linear_t")):
+            named = {**fields, **cell.fields, "kind": "dx", "tokens": tokens, "path": path}
+            prepare = partial(input_gradient, weights[cell], dy, path, named, (cell, path), calls, facts)
+            context.attempt(named, prepare)
+        times, _ = take_turns(calls, dy.device, seconds=0.0 if context.dry else 0.1, min_turns=3)
+        for key, row in facts.items():
+            context.emit({**row, **figures(times, DENSE, key), **against_scratch(times, key)})
+
+
+def input_gradient(
+    sparse: Sparse, dy: Tensor, path: str, named: Row, key: Any, calls: dict[Any, Calls], facts: dict[Any, Row]
+) -> None:
+    """Add one way to ``calls`` and ``facts``, if its result is right."""
+    kernels = () if path == "scratch" else (path,)
+    made = [forced(kernels, ops.linear_t, dy, *copy, *sparse.shape) for copy in sparse.canonical_copies]
+    wanted = product64(dy, sparse.dense.t())
+    error, dense_rms = rms(made[0](), wanted), rms(dy @ sparse.dense, wanted)
+    check_error(error, dense_rms, dy.dtype)
+    calls[key], facts[key] = made, {**named, "rms": {"dense": dense_rms, "sparse": error}}
+
+
 def training(context: Context, *, fields: Row) -> None:
     """Forward and backward of one layer whose input wants a gradient: three products; then with AdamW."""
     m, n, device = fields["m"], fields["n"], context.device
     weight = random_weight(m, n, torch.bfloat16, device)
+    if context.dry or (fields["layer"] in CANONICAL_SHAPES and fields["model"] == "Llama-3-8B"):
+        input_gradients(context, fields, weight)
     for tokens in tokens_of(context, "training"):
         x, dy = (torch.randn(tokens, size, device=device).to(torch.bfloat16) for size in (n, m))
         dense = DenseStep(weight, x, dy)
@@ -220,6 +305,11 @@ class Step:
 
     parameters: list[Tensor]
     weight_bytes: int
+    kernels: tuple[str, ...] = ()
+
+    def forced(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """With the kernels that reduce dY^T X in its tiles; y and dX through the dense weight."""
+        return forced(self.kernels, call)
 
     def gradients(self) -> tuple[Tensor, ...]:
         """(dx, gradient of every parameter)."""
@@ -256,6 +346,8 @@ class DenseStep(Step):
 class ValuesStep(Step):
     """The kept weights are trained."""
 
+    kernels = ("values_grad",)
+
     def __init__(self, sparse: Sparse, x: Tensor, dy: Tensor):
         self.sparse, self.x, self.dy = sparse, x.detach().requires_grad_(), dy
         self.parameters = [sparse.values.clone().requires_grad_()]
@@ -273,12 +365,14 @@ class ValuesStep(Step):
 class FactorsStep(Step):
     """SPP: the weights are frozen, a factor per row and one per column of each group of rows are trained."""
 
+    kernels = ("factors_grad",)
+
     def __init__(self, sparse: Sparse, x: Tensor, dy: Tensor):
         self.sparse, self.x, self.dy = sparse, x, dy
         groups = SPP_GROUPS if sparse.m % SPP_GROUPS == 0 else 1
         a = torch.randn(groups, sparse.n, device=x.device) * 0.1
         b = torch.randn(sparse.m, device=x.device) * 0.1
-        reason = factors.refusal(*sparse.shape, x, dy, sparse.values)
+        reason = self.forced(partial(factors.refusal, *sparse.shape, sparse.values, x, dy))()
         if reason:
             raise ValueError(f"no fused SPP here: {reason}")
         self.parameters = [a, b]
@@ -310,11 +404,12 @@ def one_step(context: Context, dense: DenseStep, make: Callable[[], Any]) -> Row
     weight64 = product64(dense.dy.t(), dense.x.detach().t())
     dense_rms = rms(dense.gradients()[1], weight64)
     del weight64
-    errors = [rms(found, wanted) for found, wanted in zip(sparse.gradients()[1:], expected, strict=True)]
+    errors = [rms(found, wanted) for found, wanted in zip(sparse.forced(sparse.gradients)()[1:], expected, strict=True)]
     check_error(max(errors), dense_rms, torch.bfloat16)
     del expected
-    calls = {DENSE: [dense.gradients], "sparse": [sparse.gradients]}
-    calls |= {("adamw", DENSE): [dense.with_adamw()], ("adamw", "sparse"): [sparse.with_adamw()]}
+    gradients, adamw = sparse.forced(sparse.gradients), sparse.forced(sparse.with_adamw())
+    calls = {DENSE: [dense.gradients], "sparse": [gradients]}
+    calls |= {("adamw", DENSE): [dense.with_adamw()], ("adamw", "sparse"): [adamw]}
     seconds = 0.0 if context.dry else 0.4
     times, columns = take_turns(calls, dense.x.device, seconds=seconds, min_turns=3 if context.dry else 7, max_turns=30)
     row = {"rms": {"dense": dense_rms, "sparse": max(errors)}, **figures(times, DENSE, "sparse")}
@@ -322,7 +417,7 @@ def one_step(context: Context, dense: DenseStep, make: Callable[[], Any]) -> Row
     row |= {"dense_bytes": dense.weight_bytes, "sparse_bytes": sparse.weight_bytes}
     row["training_bytes"] = {"dense": dense.train_bytes(), "sparse": sparse.train_bytes()}
     if dense.x.is_cuda:
-        row["peak_bytes"] = {name: peak_bytes(step.gradients) for name, step in ((DENSE, dense), ("sparse", sparse))}
+        row["peak_bytes"] = {name: peak_bytes(step) for name, step in ((DENSE, dense.gradients), ("sparse", gradients))}
     return row | graph_facts(columns["sparse"])
 
 
