@@ -30,6 +30,7 @@ from training_cost_baselines import DenseLoRA, MaskedDense, OfficialSPP, gradien
 from sparse_rt.adapters.registry import get_adapter
 from sparse_rt.formats import get_format
 from sparse_rt.kernels import ops, scratch
+from sparse_rt.kernels.columns import scale_columns
 from sparse_rt.nn import SparseLinear
 
 TOKENS, LONG = (512, 2048), 8192  # LONG: for two shapes of the first model
@@ -99,27 +100,11 @@ class InputScale(nn.Module):
         self.weight_bytes = self.base.weight_nbytes
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.base(_ScaleColumns.apply(x, self.scale))
+        return self.base(scale_columns(x, self.scale))
 
     def expected(self, x: Tensor, dy: Tensor) -> list[Tensor]:
         scaled = product64(dy, self.base.decompress().t())
         return [(x.detach().double() * scaled).sum(0)]
-
-
-class _ScaleColumns(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, scale):
-        from sparse_rt.kernels.triton import columns
-
-        ctx.save_for_backward(x, scale)
-        return columns.scale_columns(x, scale)
-
-    @staticmethod
-    def backward(ctx, dy):
-        from sparse_rt.kernels.triton import columns
-
-        x, scale = ctx.saved_tensors
-        return columns.scale_columns_grad(dy, x, scale)
 
 
 def measure(context: Context, *, fields: Row, tokens_list: tuple[int, ...]) -> None:
