@@ -6,6 +6,7 @@ import torch
 import packed_cases
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
+from sparse_rt.kernels import columns as dispatched
 
 pytest.importorskip("triton")
 from sparse_rt.kernels.triton import columns, growth
@@ -131,6 +132,26 @@ def test_scaled_columns(device, shape, dtype):
     assert dh.dtype == dtype and ds.dtype == torch.float32
     packed_cases.assert_close(dh, dy.double() * scale.double())
     assert close(ds, (h.double() * dy.double()).flatten(0, -2).sum(0))
+
+
+def test_scaling_columns_goes_through_the_kernels(device, monkeypatch):
+    """What DCFT calls: differentiable, and plain torch where another backend is asked for."""
+    h, scale = (torch.randn(shape, device=device).requires_grad_() for shape in ((2, 9, 12), (12,)))
+    dy, calls = torch.randn(2, 9, 12, device=device), []
+    for name in ("scale_columns", "scale_columns_grad"):
+        real = getattr(columns, name)
+        monkeypatch.setattr(columns, name, lambda *a, real=real, name=name: (calls.append(name), real(*a))[1])
+
+    def run():
+        y = dispatched.scale_columns(h, scale)
+        return y.detach(), *torch.autograd.grad(y, (h, scale), dy)
+
+    found = run()
+    assert calls == ["scale_columns", "scale_columns_grad"]
+    monkeypatch.setenv("SPARSE_RT_BACKEND", "reference")
+    for one, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(calls) == 2
 
 
 def test_columns_without_tokens_and_of_wrong_shapes(device):
