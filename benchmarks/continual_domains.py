@@ -15,6 +15,7 @@ import functools
 import hashlib
 import importlib
 import importlib.metadata
+import os
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,8 @@ WINDOWS = {"train": 800, "validation": 12, "test": 16}
 CHARACTERS = 1_500_000
 SMALLEST, LARGEST = 500, 60_000  # bytes of a file: stubs and generated tables are left out
 SHARED_LINES = 0.3
+# Folder that keeps the windows for other processes; continual_learning.py sets it.
+CACHE: Path | None = None
 # Files that are read of each source at most, in the order of their hashes.
 FILES = 250
 
@@ -116,6 +119,18 @@ def split(files: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
 @functools.cache
 def windows(domain: str) -> dict[str, Tensor]:
     """int64 [WINDOWS, LENGTH] for every split."""
+    path = CACHE / f"{domain}.pt" if CACHE else None
+    if path and path.is_file():
+        return torch.load(path)
+    found = _windows(domain)
+    if path:
+        own = path.with_suffix(f".{os.getpid()}")
+        torch.save(found, own)
+        own.rename(path)
+    return found
+
+
+def _windows(domain: str) -> dict[str, Tensor]:
     tokenizer = load_tokenizer(assets.model_dir())
     found = {}
     for part, texts in split(FILES_OF[domain]()).items():

@@ -1,7 +1,7 @@
 """Continual learning on the shipped model: three domains one after the other, what they gain and what is forgotten.
 
     cd benchmarks
-    python continual_learning.py --workdir /tmp/continual --tune   # twice: penalties take the rates of the first time
+    python continual_learning.py --workdir /tmp/continual --tune
     python continual_learning.py --workdir /tmp/continual
     python continual_report.py
 
@@ -147,7 +147,7 @@ def read_list(text: str | None, known: list, kind: type = str) -> list:
 @click.option("--methods", "names", help=f"comma separated; default: all of {', '.join(methods.METHODS)}")
 @click.option("--bases", help=f"comma separated; default: {', '.join(BASES)}")
 @click.option("--seeds", help="comma separated; default: 0,1,2")
-@click.option("--steps", default=32, show_default=True, help="optimizer steps a task")
+@click.option("--steps", default=24, show_default=True, help="optimizer steps a task")
 @click.option("--part", default="0/1", help="this process takes every k-th cell: INDEX/COUNT")
 def main(output: Path, workdir: Path, tune: bool, names, bases, seeds, steps: int, part: str) -> None:
     torch.set_num_threads(1)
@@ -155,18 +155,24 @@ def main(output: Path, workdir: Path, tune: bool, names, bases, seeds, steps: in
     index, count = map(int, part.split("/"))
     known = methods.available()
     wanted = cells(tune, read_list(names, known), read_list(seeds, SEEDS, int), read_list(bases, list(BASES)))
-    for number, cell in enumerate(wanted):
+    domains.CACHE = workdir
+    waiting = [cell for number, cell in enumerate(wanted) if number % count == index]
+    while waiting:
+        cell = waiting.pop(0)
         rows = [row for row in read_rows(output) if row["steps"] == steps]
-        if number % count != index or cell in {key_of(row) for row in rows}:
+        if cell in {key_of(row) for row in rows}:
             continue
         row = measure(cell, rows, workdir, steps)
         if row is None:
-            click.echo(f"{cell}: trials are missing; run with --tune (again) first")
+            if not tune or count == 1:
+                raise click.UsageError(f"{cell}: trials are missing, run with --tune first")
+            waiting.append(cell)  # another process makes them
+            time.sleep(2)
             continue
         with output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         shown = {key: row[key] for key in ("validation_perplexity", "acc", "last", "forgetting") if key in row}
-        click.echo(f"{number + 1}/{len(wanted)} {cell} rate {row['learning_rate']} {shown} {row['seconds']} s")
+        click.echo(f"{cell} rate {row['learning_rate']} {shown} {row['seconds']} s")
 
 
 if __name__ == "__main__":
