@@ -25,7 +25,7 @@ already are skipped; several processes share the work with ``--part 0/2`` and ``
 from __future__ import annotations
 
 import json
-import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,12 +90,9 @@ def measure(cell: Cell, rows: list[dict[str, Any]], workdir: Path, steps: int) -
     base = methods.pruned(workdir, cell.base)
     trained = cell.method in (*methods.TRAINED, methods.REFERENCE)
     rate = (cell.rate or tuned_rate(rows, cell.method)) if trained else None
-    room = workdir / f"cell-{cell.method}-{cell.seed}-{torch.randint(1 << 30, ()).item()}"
-    room.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix=f"{cell.method}-", dir=workdir) as folder:
+        room = Path(folder)
         found = methods.perplexities(cell.method, base, cell.base, room, cell.seed, rate, steps, cell.kind == "tune")
-    finally:
-        shutil.rmtree(room)
     return {
         "kind": cell.kind,
         "pruner": cell.base[0],
