@@ -170,6 +170,15 @@ def test_a_second_task_resumes_to_the_bit(options, first, tmp_path, kind):
         assert steps and all(t.item() == 12 for t in steps), "the mean goes on from the first task"
 
 
+@pytest.mark.slow
+def test_kill_9_in_a_second_task_resumes_to_the_bit(options, first, tmp_path):
+    fields = dict(adapter_options={"penalty": "taylor", "similarity": 1e5}, previous=str(first / "taylor"))
+    helpers.run_until_killed("finetune", options("out", **fields), after=3, cwd=tmp_path)
+    assert finetune(options("out", resume=True, **fields))["resumed_from"] == "checkpoint-2"
+    finetune(options("whole", **fields))
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
+
+
 def test_a_strong_penalty_keeps_the_map_of_the_task_before(options, first, tmp_path):
     before = tensors(first / "frob")
 

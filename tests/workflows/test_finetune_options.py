@@ -26,6 +26,13 @@ def test_the_run_file_that_finetune_writes_can_be_given_back(tmp_path):
     assert options.model == "m" and options.adapter_options == {"groups": 4} and options.trainer == {"max_steps": 3}
 
 
+def test_a_second_task_of_dcft_as_flags():
+    extra = ["--units", "qk,vo", "--rope-tied", "--similarity", "10", "--max-steps", "5"]
+    options = finetune_options({**GIVEN, "adapter": "dcft", "previous": "task1"}, extra=extra)
+    assert options.previous == "task1" and options.trainer == {"max_steps": 5}
+    assert options.adapter_options == {"units": "qk,vo", "rope_tied": True, "similarity": 10}
+
+
 def test_flags_are_read_as_yaml_reads_them():
     parsed = parse_flags(["--learning-rate=1e-3", "--report-to", "none", "--fp16", "--warmup-steps", "3"])
     assert parsed == {"learning_rate": 1e-3, "report_to": "none", "fp16": True, "warmup_steps": 3}
