@@ -125,6 +125,22 @@ class FinetuneOptions(Options):
     previous: str | None = Field(
         None, description="earlier adapter of the same base to go on from; dcft also keeps its map near that one's"
     )
+    teacher: str | None = Field(
+        None, description="dense model to learn from too: the one before pruning, a folder or id"
+    )
+    teacher_cache: Path | None = Field(
+        None, description="folder for the teacher's outputs, computed once; then no teacher is in memory"
+    )
+    teacher_top_k: int = Field(64, ge=1, description="likeliest tokens a position that a teacher cache keeps")
+    distill: Literal["kl", "squarehead", "both"] | None = Field(
+        None, description="learn the teacher's predictions (kl, the default), hidden states (squarehead) or both"
+    )
+    kl_weight: float | None = Field(None, ge=0, description="weight of KL; default: 1 where --distill names it")
+    squarehead_weight: float | None = Field(
+        None, ge=0, description="weight of SquareHead; default: 1 where --distill names it"
+    )
+    ce_weight: float = Field(1.0, ge=0, description="weight of the labels' own loss beside a teacher")
+    temperature: float = Field(1.0, gt=0, description="temperature of KL")
     seed: int = Field(0, description="data order and adapter initialisation")
     revision: str | None = Field(None, description="hub revision of the model")
     resume: bool = Field(False, description="go on from the last checkpoint of the output folder")

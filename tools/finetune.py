@@ -23,6 +23,9 @@ def report(result: dict[str, Any]) -> None:
         ("steps", f"{result['steps']} in {duration(result['seconds'])}, {result['tokens_per_second']} tokens a second"),
         ("loss", f"{result['first_loss']} -> {result['last_loss']}"),
     ]
+    if "distillation" in result:
+        weights = ", ".join(f"{name} {result['distillation'][name]:g}" for name in ("ce", "kl", "squarehead"))
+        rows.insert(3, ("weights of the losses", weights))
     show(table(f"adapter of {result['model']} in {result['output_dir']}", ["", ""], rows))
     show(f"next: sparse-rt merge {result['model']} {result['output_dir']} -o MERGED")
 

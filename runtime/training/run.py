@@ -25,7 +25,7 @@ from sparse_rt.training.checkpoints import MarkComplete
 from sparse_rt.training.dataset import TrainingData
 from sparse_rt.training.previous import start_from
 from sparse_rt.training.saved import SavedAdapter
-from sparse_rt.training.trainer import SparseTrainer
+from sparse_rt.training.trainer import Distillation, SparseTrainer
 
 
 def attach(
@@ -122,7 +122,14 @@ def _mean(losses: list[tuple[int, float]]) -> float:
     return sum(loss for _, loss in losses) / len(losses)
 
 
-def train(model, data: TrainingData, arguments: TrainingArguments, checkpoint: Path | None, progress) -> Trained:
+def train(
+    model,
+    data: TrainingData,
+    arguments: TrainingArguments,
+    checkpoint: Path | None,
+    progress,
+    distillation: Distillation | None = None,
+) -> Trained:
     """Train from the beginning, or go on from ``checkpoint``, to the end of the schedule.
 
     Raises ``UserError`` for options the Trainer refuses, ``SparseRTError`` when the loss or the adapter stops being
@@ -131,7 +138,7 @@ def train(model, data: TrainingData, arguments: TrainingArguments, checkpoint: P
     callbacks = [MarkComplete(), Follow(progress)]
     try:
         trainer = SparseTrainer(
-            model, arguments, Collator(data.pad_token_id), data.train, callbacks, eval_dataset=data.evaluation
+            model, arguments, Collator(data.pad_token_id), data.train, callbacks, distillation, data.evaluation
         )
     except UserError:
         raise

@@ -11,6 +11,7 @@ from transformers import Trainer
 from sparse_rt.adapters.parts import TrainingParts
 from sparse_rt.data.training import IGNORED
 from sparse_rt.training import sharding
+from sparse_rt.training.rows import real_tokens
 
 
 class Distillation(Protocol):
@@ -34,7 +35,7 @@ class ExtraLoss:
     distillation: Distillation | None = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.distillation is not None:
+        if self.distillation is not None and model.training:
             inputs = {**inputs, **self.distillation.forward_options}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if model.training:
@@ -105,8 +106,6 @@ class SparseTrainer(ExtraLoss, Trainer):
         return output
 
     def _track_num_input_tokens(self, inputs):
-        if "attention_mask" not in inputs and "position_ids" in inputs:  # packed: padding repeats the position 0
-            positions = inputs["position_ids"]
-            following = torch.nn.functional.pad(positions[:, 1:], (0, 1))
-            inputs = {**inputs, "attention_mask": (positions > 0) | (following == 1)}
+        if "input_ids" in inputs:
+            inputs = {**inputs, "attention_mask": real_tokens(inputs)}
         super()._track_num_input_tokens(inputs)

@@ -68,6 +68,7 @@ def _run(
     from sparse_rt.hf.load import load
     from sparse_rt.training import checkpoints, digest, run, sharding
     from sparse_rt.training.dataset import refuse_leaking, training_data
+    from sparse_rt.training.distillation import described, recipe_of
     from sparse_rt.training.options import adapter_config, training_arguments
     from sparse_rt.training.previous import open_previous
 
@@ -82,6 +83,8 @@ def _run(
     digests = {"base": digest.base_digest(checkpoint), "data": data.digest}
     previous = open_previous(options.previous, adapter, checkpoint, digests["base"])
     digests["previous"] = previous and previous.digest()
+    recipe = recipe_of(options)
+    digests["teaching"] = described(recipe)
     identity = _identity(options, data.max_seq_len, digests)
     resumed = checkpoints.prepare(work, identity, options.resume, partial is not None)
     if options.resume:
@@ -92,9 +95,19 @@ def _run(
     model = run.attach(base, config, _base_name(options), options.revision, digests["base"], previous)
     if options.packing:
         refuse_leaking(model)
-    trained = run.train(model, data, arguments, resumed, progress)
+    distillation = None if recipe is None else _teaching(options, recipe, checkpoint, data, arguments, progress)
+    trained = run.train(model, data, arguments, resumed, progress, distillation)
     sharding.save_adapter(trained.trainer, work / "final")
-    result = {
+    result = _result(options, data, digests, trained, resumed)
+    if partial is not None:
+        _write(partial, options, data.max_seq_len, trained, result, work)
+    return result
+
+
+def _result(options: FinetuneOptions, data, digests: dict[str, Any], trained, resumed: Path | None) -> dict[str, Any]:
+    from sparse_rt.training import run
+
+    return {
         "model": options.model,
         "adapter": options.adapter,
         "dataset": options.dataset or "shipped fine-tuning text",
@@ -103,7 +116,8 @@ def _run(
         "base_digest": digests["base"],
         "previous": options.previous,
         "previous_digest": digests["previous"],
-        "trainable_parameters": run.trainable_parameters(model),
+        **({"distillation": digests["teaching"]} if digests["teaching"] else {}),
+        "trainable_parameters": run.trainable_parameters(trained.trainer.model),
         "steps": trained.steps,
         "first_loss": round(trained.first_loss, 6),
         "last_loss": round(trained.last_loss, 6),
@@ -116,12 +130,19 @@ def _run(
         "device": str(trained.trainer.args.device),
         "resumed_from": resumed.name if resumed else None,
     }
-    if partial is not None:
-        _write(partial, options, data.max_seq_len, trained, result, work)
-    return result
 
 
-def _identity(options: FinetuneOptions, length: int, digests: dict[str, str]) -> dict[str, Any]:
+def _teaching(options: FinetuneOptions, recipe, checkpoint: Checkpoint, data, arguments, progress: Progress):
+    """The loss against a dense teacher; where its outputs are cached, the first process makes the cache."""
+    from sparse_rt.training.distillation import distillation
+    from sparse_rt.training.run import Collator
+
+    with arguments.main_process_first(local=False, desc="teacher"):
+        collate = Collator(data.pad_token_id)
+        return distillation(options, recipe, checkpoint, data.train, collate, arguments.device, progress)
+
+
+def _identity(options: FinetuneOptions, length: int, digests: dict[str, Any]) -> dict[str, Any]:
     """Everything that decides the bits of the result; a resumed run must have the same."""
     return {
         "adapter": options.adapter,
@@ -132,6 +153,7 @@ def _identity(options: FinetuneOptions, length: int, digests: dict[str, str]) ->
         "model": digests["base"],
         "dataset": digests["data"],
         "previous": digests["previous"],
+        **{f"teacher: {name}": value for name, value in digests["teaching"].items()},
         "number of processes": os.environ.get("WORLD_SIZE", "1"),
     }
 
