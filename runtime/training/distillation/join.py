@@ -65,7 +65,8 @@ def recipe_of(options: FinetuneOptions) -> Recipe | None:
     """None without a teacher; ``UserError`` for options that contradict each other."""
     names = ("distill", "kl_weight", "squarehead_weight", "ce_weight", "temperature", "teacher_top_k")
     if options.teacher is None and options.teacher_cache is None:
-        given = next((name for name in names if name in options.model_fields_set), None)
+        fields = FinetuneOptions.model_fields
+        given = next((name for name in names if getattr(options, name) != fields[name].default), None)
         if given:
             raise UserError(f"--{given.replace('_', '-')} needs a teacher; give --teacher MODEL or --teacher-cache DIR")
         return None
