@@ -35,6 +35,8 @@ def finetune(options: FinetuneOptions, progress: Progress | None = None) -> dict
         )
     if folder.resolve() == output.resolve():
         raise UserError(f"the output folder {output} holds the base model; choose another output folder")
+    if options.previous is not None and Path(options.previous).resolve() == output.resolve():
+        raise UserError(f"the output folder {output} holds the earlier adapter; choose another output folder")
     checkpoint = Checkpoint.open(folder)
     for package in ("peft", "accelerate", "datasets"):
         require(package, extra="train")

@@ -104,16 +104,14 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
         writer.add_weight(name, entry.pattern, entry.m, entry.n, values, metadata)
         changed, total = changed + moved, total + values.numel()
     for name in checkpoint.dense_tensors():
-        stored = checkpoint.load(name)
-        tensor = adapter.dense(name, stored)
-        writer.add(name, tensor.to(dtype or stored.dtype) if tensor.is_floating_point() else tensor)
+        writer.add(name, _merged_dense(checkpoint, adapter, name, dtype))
     writer.flush()
     about = _about(options, checkpoint, adapter)
     copy_small_files(checkpoint.folder, partial)
     write_merged_card(partial, options.output_dir.name, checkpoint, about, adapter)
     writer.finish(about)
     return {
-        "merged_weights": len(adapter.parameters),
+        "merged_weights": len(adapter.parameters.keys() & checkpoint.weights.keys()),
         "weights": len(checkpoint.weights),
         "changed_values_percent": round(100 * changed / max(total, 1), 3),
         "bytes": writer.total_bytes,
@@ -129,12 +127,28 @@ def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | Non
     target = dtype or weight.values.dtype
     plain = weight.values.to(target)
     values = merged_values(weight, [adapter.update(name)], target) if name in adapter.parameters else plain
-    if not bool(torch.isfinite(values).all()):
+    _refuse_broken(name, values)
+    return values, weight.metadata, int((values != plain).sum())
+
+
+def _merged_dense(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> Tensor:
+    """A tensor that is not compressed, as the adapter leaves it (a bias, the weight of a norm, a module of its own)."""
+    stored = checkpoint.load(name)
+    tensor = adapter.dense(name, stored)
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(dtype or stored.dtype)
+    if tensor is not stored:
+        _refuse_broken(name, rounded)
+    return rounded
+
+
+def _refuse_broken(name: str, tensor: Tensor) -> None:
+    if not bool(torch.isfinite(tensor).all()):
         raise CheckFailed(
-            f"merging gives NaN or Inf in {name} as {str(target).removeprefix('torch.')}; nothing was written, "
+            f"merging gives NaN or Inf in {name} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written, "
             "try --dtype float32"
         )
-    return values, weight.metadata, int((values != plain).sum())
 
 
 def _about(options: MergeOptions, checkpoint: Checkpoint, adapter) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from sparse_rt import DCFTConfig, SPPConfig
 from sparse_rt.adapters.dcft import penalties
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.config import FinetuneOptions, MergeOptions, read_yaml
-from sparse_rt.errors import UserError
+from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.hf.load import load
 from sparse_rt.progress import Progress
 from sparse_rt.training.digest import base_digest
@@ -221,6 +221,11 @@ def test_another_earlier_adapter_is_refused(options, first, tmp_path, kind, chan
     assert not (tmp_path / "out").exists()
 
 
+def test_an_earlier_adapter_is_not_overwritten(options, first):
+    with pytest.raises(UserError, match="holds the earlier adapter"):
+        finetune(options(output_dir=first / "frob", previous=str(first / "frob"), overwrite=True))
+
+
 def test_an_earlier_adapter_of_another_base_is_refused(options, first, tmp_path):
     other = helpers.compress_folder(helpers.tiny_model(tmp_path / "dense", "qwen2", seed=3), tmp_path / "other", "2:4")
     with pytest.raises(UserError, match="was trained on other weights .* give the model it was trained on"):
@@ -261,3 +266,17 @@ def test_merge_changes_biases_and_norms_too(tmp_path, family):
     }[family]
     narrow = merge(MergeOptions.build(**fields, output_dir=tmp_path / "narrow"))
     assert narrow["logits_error"] < 0.02 and narrow["mask"] == "identical"
+    assert narrow["merged_weights"] == 4 if family == "qwen3" else 6
+
+
+def test_a_norm_that_overflows_in_the_chosen_dtype_fails_the_check(tmp_path):
+    base = helpers.compress_folder(helpers.tiny_model(tmp_path / "dense", "qwen3"), tmp_path / "base", "2:4")
+    model = get_peft_model(load(base), DCFTConfig(units="qk", task_type="CAUSAL_LM"))
+    with torch.no_grad():
+        model.base_model.model.model.layers[0].self_attn.q_norm.dcft_a["default"][3] = 1e5
+    model.save_pretrained(tmp_path / "adapter")
+    fields = dict(model=str(base), adapter=str(tmp_path / "adapter"), output_dir=tmp_path / "out", verify=False)
+    with pytest.raises(
+        CheckFailed, match=r"gives NaN or Inf in model\.layers\.0\.self_attn\.q_norm\.weight as float16"
+    ):
+        merge(MergeOptions.build(**fields, dtype="float16"))
