@@ -17,6 +17,11 @@ def draw(*shape, seed):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True, params=[1 << 24, 2 * V], ids=["one chunk", "chunks of two"])
+def _chunks(request, monkeypatch):
+    monkeypatch.setattr(losses, "CHUNK_ELEMENTS", request.param)
+
+
 @pytest.fixture
 def batch():
     """(inputs, student outputs that need gradients, teacher outputs): rows of all lengths, some labels left out."""
@@ -122,13 +127,18 @@ def test_gradients_of_the_bucket():
     assert torch.autograd.gradcheck(lambda s: losses.kl_of_top(s, ids, log_p, 2.0), (student,))
 
 
-def test_half_precision_is_computed_in_float32():
-    student, teacher = draw(9, V, seed=1), draw(9, V, seed=2)
-    narrow = losses.kl(student.bfloat16(), teacher.bfloat16(), 1.0)
-    assert narrow.dtype == torch.float32
-    torch.testing.assert_close(
-        narrow.double(), losses.kl(student.bfloat16().double(), teacher.bfloat16().double(), 1.0), rtol=1e-5, atol=0
-    )
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32(dtype):
+    student, teacher = draw(9, V, seed=1).to(dtype), draw(9, V, seed=2).to(dtype)
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    found, expected = losses.kl(leaf, teacher, 1.0), losses.kl(wide, teacher.double(), 1.0)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=0)
+    # 1/3000 has no exact bfloat16: the scale of the loss must not be rounded.
+    (found / 3000).backward()
+    (expected / 3000).backward()
+    ratio = (leaf.grad.double() * wide.grad).sum() / wide.grad.square().sum()
+    assert leaf.grad.dtype == dtype and ratio == pytest.approx(1, rel=2e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
 def test_padding_of_packed_rows():
