@@ -28,6 +28,7 @@ _LAZY = {
     "MaskLoRAConfig": "sparse_rt.adapters.masklora",
     "ValuesConfig": "sparse_rt.adapters.values",
     "DCFTConfig": "sparse_rt.adapters.dcft",
+    "SEFTConfig": "sparse_rt.adapters.seft",
 }
 
 __all__ = [

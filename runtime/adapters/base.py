@@ -75,6 +75,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     """The adapters of one ``SparseLinear``; parameters live in one ``ParameterDict`` each, keyed by adapter name."""
 
     adapter_layer_names: tuple[str, ...] = ()
+    # What is saved with them and not trained, such as positions; they belong into ``other_param_names`` too.
+    frozen_names: ClassVar[tuple[str, ...]] = ()
     other_param_names: tuple[str, ...] = ("adapter_options",)
     # Whether the base layer is a norm with one vector as its weight, not a SparseLinear.
     adapts_vectors: ClassVar[bool] = False
@@ -83,7 +85,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.adapter_options: dict[str, AdapterConfig] = {}
-        for name in self.adapter_layer_names:
+        for name in (*self.adapter_layer_names, *self.frozen_names):
             self.add_module(name, nn.ParameterDict())
         if isinstance(base_layer, nn.Linear):
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
@@ -98,6 +100,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def refuse(cls, config: AdapterConfig, m: int, n: int) -> str | None:
         """Why a layer (m, n) cannot be adapted with ``config``, or None."""
         return None
+
+    @classmethod
+    def refuse_pattern(cls, config: AdapterConfig, pattern: str) -> str | None:
+        """Why a layer of ``pattern`` cannot be adapted with ``config``, or None."""
+        return None
+
+    @classmethod
+    def moves_mask(cls, config: AdapterConfig, pattern: str) -> bool:
+        """Whether merging may keep other positions than the base weight does, as many in all."""
+        return False
 
     @classmethod
     def new_parameters(cls, config: AdapterConfig, shape: WeightShape) -> tuple[Tensor, ...]:
@@ -129,11 +141,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """What an adapter with these options and parameters does to a weight."""
         return Update(functools.partial(cls.update, config), parameters, cls.fused(config))
 
+    @classmethod
+    def apply_to(cls, config: AdapterConfig, weight: Weight, parameters: tuple[Tensor, ...]) -> tuple[Weight, Update]:
+        """The weight that such an adapter works on, which has another mask if it moves it, and what it does to that."""
+        return weight, cls.update_of(config, parameters)
+
     def update_layer(self, adapter_name: str, config: AdapterConfig, inference_mode: bool = False) -> None:
         """Add the adapter ``adapter_name`` with fresh parameters, float32, on the device of the values."""
         parameters = self.new_parameters(config, self.shape)
         for name, parameter in zip(self.parameter_names(config), parameters, strict=True):
-            getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(self.device))
+            trained = name in self.adapter_layer_names
+            getattr(self, name)[adapter_name] = nn.Parameter(parameter.to(self.device), requires_grad=trained)
         self.adapter_options[adapter_name] = config
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
@@ -233,6 +251,8 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
     name: ClassVar[str]
     config_cls: ClassVar[type[AdapterConfig]]
     tuner_layer_cls: type[AdapterLayer]
+    # What a model card says of the mask.
+    promise: ClassVar[str] = "It changes kept weights only: merging leaves the mask as it is."
     # The default learning rate of `sparse-rt finetune`.
     learning_rate: ClassVar[float]
     # Why the parameters cannot be split over processes (FSDP2), or None. An adapter with an optimizer or callbacks of
@@ -283,7 +303,9 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
                 f"{config.name} adapts compressed layers, {name} is a {type(layer).__name__}; leave target_modules "
                 "out to adapt all compressed layers, or convert the model so that this layer is compressed"
             )
-        reason = self.layer_class(config, name).refuse(config, layer.out_features, layer.in_features)
+        kind = self.layer_class(config, name)
+        reason = kind.refuse(config, layer.out_features, layer.in_features)
+        reason = reason or kind.refuse_pattern(config, layer.pattern)
         if reason:
             raise UserError(f"{config.name} cannot adapt {name}: {reason}")
 

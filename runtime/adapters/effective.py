@@ -236,7 +236,8 @@ class _Plan:
 def _apply(rows: Rows, updates: Sequence[Update], with_base: bool) -> Tensor:
     total = rows.values if with_base else None
     for update in updates:
-        parameters = [parameter.to(rows.values.dtype) for parameter in update.parameters]
+        dtype = rows.values.dtype
+        parameters = [p.to(dtype) if p.is_floating_point() else p for p in update.parameters]
         change = update.function(rows, *parameters)
         total = change if total is None else total + change
     return torch.zeros_like(rows.values) if total is None else total

@@ -16,6 +16,7 @@ _ADAPTERS: Registry[type[SparseAdapterModel]] = Registry(
         "sparse_rt.adapters.masklora",
         "sparse_rt.adapters.values",
         "sparse_rt.adapters.dcft",
+        "sparse_rt.adapters.seft",
     ),
 )
 

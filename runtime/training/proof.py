@@ -1,4 +1,4 @@
-"""Proof of a merge, before it is published: the same mask, finite values, the same logits."""
+"""Proof of a merge, before it is published: the same mask (or as many weights), finite values, the same logits."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed
+from sparse_rt.training.saved import SavedAdapter
 
 # Relative difference (Frobenius norm) of the logits of base + adapter and of the merged model, both computed in the
 # dtype of the merged values. The fused form rounds the same values the same way, which gives 0 on one backend; the
@@ -18,13 +19,24 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 SEQUENCES, TOKENS = 2, 32
 
 
-def check_masks(base: Checkpoint, merged: Checkpoint) -> None:
-    """``CheckFailed`` unless every metadata tensor is the same, byte for byte, and the data is legal and finite."""
+def check_masks(base: Checkpoint, merged: Checkpoint, adapter: SavedAdapter) -> None:
+    """``CheckFailed`` unless every metadata tensor is the same, byte for byte, and the data is legal and finite.
+
+    Where the adapter moves the mask: unless it keeps exactly as many weights, legal in the pattern.
+    """
     for name, entry in base.weights.items():
         metadata = base.load_weight(name, check=False)[1]
-        # load_weight checks popcount, nibbles and padding, and refuses NaN and Inf.
-        if entry.pattern != merged.weights[name].pattern or not torch.equal(merged.load_weight(name)[1], metadata):
+        # load_weight checks popcount, nibbles, the number of each group and padding, and refuses NaN and Inf.
+        found = merged.load_weight(name)[1]
+        if entry.pattern == merged.weights[name].pattern and torch.equal(found, metadata):
+            continue
+        if entry.pattern != merged.weights[name].pattern or not adapter.moves_mask(name, entry.pattern):
             raise CheckFailed(f"the mask of {name} is not that of the base model; nothing was written")
+        if merged.weights[name].nnz != entry.nnz:
+            raise CheckFailed(
+                f"{name} would keep {merged.weights[name].nnz:,} weights, the base model keeps {entry.nnz:,}: the "
+                "adapter was saved before its training ended; finish it and merge that, nothing was written"
+            )
 
 
 def compare_logits(base: Path, adapter: Path, merged: Path, dtype: torch.dtype) -> dict[str, Any]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparse_rt.adapters.registry import get_adapter
 from sparse_rt.optional import available
 from sparse_rt.report import duration, size, write_json
 
 _CARD = """# {title}
 
 An adapter for the sparse model `{base}`, trained on its compressed weights with sparse-rt.
-It changes kept weights only: merging leaves the mask as it is.
+{promise}
 
 | | |
 |---|---|
@@ -56,9 +57,10 @@ def write_card(folder: Path, title: str, base: str, result: dict[str, Any]) -> N
         "peak memory": size(result["peak_memory_bytes"]),
         "base weights (sha256)": f"`{result['base_digest']}`",
     }
+    promise = get_adapter(result["adapter"]).promise
     table = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     (folder / "README.md").write_text(
-        f"---\n{data.to_yaml()}\n---\n\n{_CARD.format(title=title, base=name, facts=table)}"
+        f"---\n{data.to_yaml()}\n---\n\n{_CARD.format(title=title, base=name, facts=table, promise=promise)}"
     )
 
 
@@ -110,8 +112,8 @@ def write_loss_curve(folder: Path, losses: list[tuple[int, float]], eval_losses:
 
 _MERGED_CARD = """# {title}
 
-The sparse model `{base}` with the {kind} adapter `{adapter}` folded into its kept values. The mask is that of the base
-model, byte for byte: {weights} compressed weights, pattern {pattern}.
+The sparse model `{base}` with the {kind} adapter `{adapter}` folded into its kept values. {mask}
+{weights} compressed weights, pattern {pattern}.
 
 ```python
 import sparse_rt  # registers the format with transformers
@@ -127,7 +129,13 @@ needs `pip install "sparse-rt[vllm]"`; `sparse-rt export --to dense` writes an o
 """
 
 
-def write_merged_card(folder: Path, title: str, checkpoint, about: dict[str, Any], adapter) -> None:
+_MASK = {
+    False: "The mask is that of the base model, byte for byte:",
+    True: "The mask keeps as many weights as that of the base model, {moved} of them elsewhere:",
+}
+
+
+def write_merged_card(folder: Path, title: str, checkpoint, about: dict[str, Any], adapter, moved: int) -> None:
     """README.md of a merged model; licence, language and tags are those of the base model's card."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -146,6 +154,7 @@ def write_merged_card(folder: Path, title: str, checkpoint, about: dict[str, Any
         base=Path(source["model"]).name,
         kind=adapter.adapter.name,
         adapter=Path(source["adapter"]).name,
+        mask=_MASK[moved > 0].format(moved=f"{moved:,}"),
         weights=len(checkpoint.weights),
         pattern=pattern,
     )

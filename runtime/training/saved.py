@@ -95,6 +95,8 @@ class SavedAdapter:
     def _check_parameters(self, module: str, parameters: dict[str, Tensor], shape: WeightShape) -> None:
         layer = self.layer_class(module)
         reason = layer.refuse(self.config, shape.m, shape.n)
+        if not (reason or layer.adapts_vectors):
+            reason = layer.refuse_pattern(self.config, shape.pattern)
         if reason:
             raise UserError(f"the adapter does not fit {module}: {reason}")
         with torch.device("meta"):
@@ -111,9 +113,12 @@ class SavedAdapter:
         """sha256 of the parameters' file."""
         return file_digest(self.folder / WEIGHTS_NAME)
 
-    def update(self, module: str) -> Update:
-        """What the adapter does to the weight of ``module``."""
-        return self.layer_class(module).update_of(self.config, self._of(module))
+    def apply_to(self, module: str, weight: Weight) -> tuple[Weight, Update]:
+        """The weight of ``module`` that the adapter works on (its mask may have moved), and what it does to that."""
+        return self.layer_class(module).apply_to(self.config, weight, self._of(module))
+
+    def moves_mask(self, module: str, pattern: str) -> bool:
+        return module in self.parameters and self.layer_class(module).moves_mask(self.config, pattern)
 
     def dense(self, name: str, stored: Tensor) -> Tensor:
         """The dense tensor ``name`` as merging leaves it, not rounded to the dtype of ``stored`` yet."""

@@ -22,6 +22,7 @@ from sparse_rt.checkpoint import (
 from sparse_rt.config import MergeOptions, parse_size
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.formats import get_format
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
 
@@ -30,6 +31,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Write ``options.model`` with ``options.adapter`` folded into its values, under the same metadata.
+
+    An adapter that moves the mask (SEFT) brings metadata of its own, which keep as many of every weight.
 
     One weight and one shard in memory, except for the comparison of logits, which loads base and merged model one
     after the other. Raises ``UserError`` / ``FormatError`` for an adapter that is damaged or belongs to another model,
@@ -63,7 +66,6 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, 
         "adapter": options.adapter,
         "adapter_type": adapter.adapter.name,
         **result,
-        "mask": "identical",
         "notes": notes,
         "seconds": round(time.perf_counter() - start, 2),
         "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -98,37 +100,56 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
         config.pop("torch_dtype", None)
         config["dtype"] = options.dtype
     writer = CheckpointWriter(partial, config, checkpoint.quantization, parse_size(options.max_shard_size))
-    changed = total = 0
+    changed = total = moved = added = 0
     for name, entry in progress.track(checkpoint.weights.items(), "merging", len(checkpoint.weights)):
-        values, metadata, moved = _merged(checkpoint, adapter, name, dtype)
+        values, metadata, different, elsewhere = _merged(checkpoint, adapter, name, dtype)
         writer.add_weight(name, entry.pattern, entry.m, entry.n, values, metadata)
-        changed, total = changed + moved, total + values.numel()
+        changed, total = changed + different, total + values.numel()
+        moved, added = moved + elsewhere, added + abs(values.numel() - entry.nnz)
     for name in checkpoint.dense_tensors():
         writer.add(name, _merged_dense(checkpoint, adapter, name, dtype))
     writer.flush()
     about = _about(options, checkpoint, adapter)
     copy_small_files(checkpoint.folder, partial)
-    write_merged_card(partial, options.output_dir.name, checkpoint, about, adapter)
+    write_merged_card(partial, options.output_dir.name, checkpoint, about, adapter, moved)
     writer.finish(about)
     return {
         "merged_weights": len(adapter.parameters.keys() & checkpoint.weights.keys()),
         "weights": len(checkpoint.weights),
         "changed_values_percent": round(100 * changed / max(total, 1), 3),
         "bytes": writer.total_bytes,
+        "mask": "identical" if not moved else "count differs" if added else "count identical",
+        "moved_positions": moved,
     }
 
 
-def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int]:
-    """(merged values, metadata, how many values differ from the base); ``CheckFailed`` for NaN or Inf."""
+def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, int, int]:
+    """(merged values, metadata, how many values differ from the base, how many positions it does not keep).
+
+    ``CheckFailed`` for NaN or Inf.
+    """
     from sparse_rt.adapters.effective import merged_values
     from sparse_rt.training.saved import compressed_weight
 
-    weight = compressed_weight(checkpoint, name)
+    base = weight = compressed_weight(checkpoint, name)
     target = dtype or weight.values.dtype
+    updates = []
+    if name in adapter.parameters:
+        weight, update = adapter.apply_to(name, weight)
+        updates = [update]
     plain = weight.values.to(target)
-    values = merged_values(weight, [adapter.update(name)], target) if name in adapter.parameters else plain
+    values = merged_values(weight, updates, target) if updates else plain
     _refuse_broken(name, values)
-    return values, weight.metadata, int((values != plain).sum())
+    return values, weight.metadata, int((values != plain).sum()), _moved(base, weight)
+
+
+def _moved(base, weight) -> int:
+    """How many positions ``weight`` keeps and ``base`` does not."""
+    if base is weight or torch.equal(base.metadata, weight.metadata):
+        return 0
+    fmt = get_format(weight.pattern)
+    before, after = (fmt.unpack_mask(one.metadata, one.m, one.n) for one in (base, weight))
+    return int((after & ~before).sum())
 
 
 def _merged_dense(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -174,7 +195,7 @@ def _prove(checkpoint: Checkpoint, adapter, partial: Path, progress: Progress, n
 
     progress.stage("comparing masks and logits with base + adapter")
     written = Checkpoint.open(partial)
-    proof.check_masks(checkpoint, written)
+    proof.check_masks(checkpoint, written, adapter)
     dtype = next(iter(written.weights.values())).dtype
     found = proof.compare_logits(checkpoint.folder, adapter.folder, partial, dtype)
     proof.refuse_different(found)

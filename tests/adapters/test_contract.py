@@ -19,6 +19,7 @@ OPTIONS = {
     "spp": {"groups": 4, "scale": 1.5},
     "masklora": {"r": 3, "alpha": 4.5},
     "values": {},
+    "seft": {"rank": 2, "mode": "survivors"},  # the modes that move the mask have tests of their own
 }
 
 
@@ -43,15 +44,20 @@ def dense_columns(weight, mask, a):
     return weight * (1 + a)
 
 
+def dense_seft(weight, mask, delta, positions, removed):
+    change = torch.zeros_like(weight).flatten().scatter(0, positions.long(), delta.to(weight.dtype))
+    return weight + change.view_as(weight)
+
+
 # The adapted weight written down densely, straight from the paper's equation.
-DENSE = {"spp": dense_spp, "masklora": dense_masklora, "values": dense_values} | {
+DENSE = {"spp": dense_spp, "masklora": dense_masklora, "values": dense_values, "seft": dense_seft} | {
     "dcft v_proj": dense_rows,
     "dcft o_proj": dense_columns,
 }
 # The adapted bias, where it is not that of the base layer.
 BIAS = {"dcft v_proj": lambda bias, a: bias * (1 + a)}
 # Which parameters the first step moves.
-FIRST_STEP = {"spp": [False, True], "masklora": [False, True], "values": [True]} | {
+FIRST_STEP = {"spp": [False, True], "masklora": [False, True], "values": [True], "seft": [True]} | {
     "dcft v_proj": [True],
     "dcft o_proj": [True],
 }
@@ -103,14 +109,20 @@ def make_layer(adapter, pattern, m, n, dtype=torch.float32, bias=True, active=Tr
 
 
 def parameters_of(layer, name="default"):
-    return list(layer.parameters_of(name))
+    """Those that are trained."""
+    return [parameter for parameter in layer.parameters_of(name) if parameter.is_floating_point()]
+
+
+def dense_weight(adapter, layer, weight, parameters, name="default"):
+    """The dense formula with these parameters and with what the layer has beside them (positions)."""
+    frozen = [getattr(layer, kept)[name] for kept in layer.frozen_names]
+    return DENSE[adapter.name](weight, layer.base_layer.mask(), *parameters, *frozen)
 
 
 def dense_gradients(adapter, layer, weight, x, dy):
     """(y, gradients of x, bias and parameters) of the dense formula in float64."""
     leaves = [t.detach().double().requires_grad_() for t in (x, layer.base_layer.bias, *parameters_of(layer))]
-    mask = layer.base_layer.mask()
-    dense, bias = DENSE[adapter.name](weight.double(), mask, *leaves[2:]), adapter.bias(leaves[1], leaves[2:])
+    dense, bias = dense_weight(adapter, layer, weight.double(), leaves[2:]), adapter.bias(leaves[1], leaves[2:])
     y = torch.nn.functional.linear(leaves[0], dense, bias)
     return y, torch.autograd.grad(y, leaves, dy.double())
 
@@ -178,7 +190,7 @@ def test_merge_keeps_the_mask_and_unmerge_restores_every_bit(adapter, pattern, m
     else:
         torch.testing.assert_close(layer(x), unmerged)
     parameters = [p.detach().double() for p in parameters_of(layer)]
-    expected = DENSE[adapter.name](weight.double(), base.mask(), *parameters)
+    expected = dense_weight(adapter, layer, weight.double(), parameters)
     assert torch.equal(base.decompress(), expected.bfloat16()), "the published equation, rounded once"
     assert torch.equal(base.bias, adapter.bias(bias.double(), parameters).bfloat16())
     assert not base.decompress()[~base.mask()].any()
@@ -202,9 +214,11 @@ def test_two_active_adapters_add_up(adapter):
     for parameter in parameters_of(layer, "second"):
         torch.nn.init.normal_(parameter)
     layer.set_adapter(["default", "second"])
-    mask, dense = layer.base_layer.mask(), DENSE[adapter.name]
     both_parameters = [parameters_of(layer, name) for name in ("default", "second")]
-    one, two = (dense(weight, mask, *parameters) for parameters in both_parameters)
+    one, two = (
+        dense_weight(adapter, layer, weight, parameters, name)
+        for parameters, name in zip(both_parameters, ("default", "second"), strict=True)
+    )
     bias = layer.base_layer.bias
     bias = sum(adapter.bias(bias, parameters) for parameters in both_parameters) - bias
     x = torch.randn(4, 37)
@@ -230,8 +244,7 @@ def test_exact_form_keeps_updates_that_bfloat16_rounds_away(adapter):
             parameter.mul_(0.01)  # the update is about 1e-4 of the weight
     x = torch.eye(36, dtype=torch.bfloat16)
     branch = effective.adapted_linear(x, layer.compressed(), None, layer.updates(["default"]), with_base=False)
-    mask = layer.base_layer.mask()
-    change = DENSE[adapter.name](weight.double(), mask, *parameters_of(layer)).detach() - weight.double()
+    change = dense_weight(adapter, layer, weight.double(), parameters_of(layer)).detach() - weight.double()
     torch.testing.assert_close(branch.T.double(), change, rtol=1e-2, atol=1e-7)
 
 

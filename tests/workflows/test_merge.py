@@ -193,7 +193,7 @@ def test_an_overflow_in_the_chosen_dtype_fails_the_check(base, options, tmp_path
 
 def test_a_wrong_merge_is_noticed_and_not_published(options, tmp_path, monkeypatch):
     def forget_the_adapter(checkpoint, adapter, name, dtype):
-        return *checkpoint.load_weight(name), 0
+        return *checkpoint.load_weight(name), 0, 0
 
     monkeypatch.setattr(workflow, "_merged", forget_the_adapter)
     with pytest.raises(CheckFailed, match="logits differ from base \\+ adapter by"):
@@ -205,8 +205,8 @@ def test_a_changed_mask_is_noticed_and_not_published(options, base, tmp_path, mo
     honest = workflow._merged
 
     def flip(checkpoint, adapter, name, dtype):
-        values, metadata, changed = honest(checkpoint, adapter, name, dtype)
-        return values, metadata.roll(1, 0), changed
+        values, metadata, *counts = honest(checkpoint, adapter, name, dtype)
+        return values, metadata.roll(1, 0), *counts
 
     monkeypatch.setattr(workflow, "_merged", flip)
     with pytest.raises(CheckFailed, match="the mask of .* is not that of the base model"):
