@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from sparse_rt import assets
 from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, output_directory
+from sparse_rt.config import FinetuneOptions
 from sparse_rt.formats import get_format, normalize_zeros
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -141,3 +143,30 @@ class Kill(Progress):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd, check=False)
     if done.returncode != -signal.SIGKILL:
         raise AssertionError(f"{workflow} was not killed: exit code {done.returncode}\n{done.stderr[-2000:]}")
+
+
+def run_processes(command, timeout=240, cwd=None, **environment):
+    """Run a launcher on CPUs, in a process group of its own so that no process of it is left behind."""
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+        cwd=cwd,
+        start_new_session=True,
+    )
+    try:
+        output, errors = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        _, errors = process.communicate()
+        raise AssertionError(f"no end after {timeout} s\n{errors[-4000:]}") from None
+    return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+
+def short_run(model, dataset, output, trainer=(), adapter="spp", **changes) -> FinetuneOptions:
+    """Options of a fine-tuning of four steps with four rows each."""
+    fields = dict(model=str(model), output_dir=output, dataset=str(dataset), max_seq_len=32, adapter=adapter)
+    usual = dict(max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")
+    return FinetuneOptions.build(**{**fields, "trainer": {**usual, **dict(trainer)}, **changes})

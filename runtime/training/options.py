@@ -30,6 +30,8 @@ DEFAULTS: dict[str, Any] = {
     "include_num_input_tokens_seen": "non_padding",
     "remove_unused_columns": False,
     "dataloader_pin_memory": torch.cuda.is_available(),
+    # Every parameter of an adapter is used in every step; looking for others costs time and forbids checkpointing.
+    "ddp_find_unused_parameters": False,
     # A loss of NaN must be seen: the run stops there.
     "logging_nan_inf_filter": False,
 }
@@ -83,6 +85,8 @@ def _typed(name: str, value: Any, annotation: Any) -> Any:
     """Numbers that arrive as text (YAML reads 2e-5 as text) become numbers; text for a number is refused."""
     written = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     kinds = {part.strip() for part in written.split("|")}
+    if value is False and name.endswith("_strategy"):
+        return "no"  # as YAML reads an unquoted no
     if "str" in kinds or not kinds & {"int", "float"}:
         return value
     value = number(value)

@@ -6,6 +6,7 @@ split bit for bit and put together for the forward and backward pass of their la
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import torch
@@ -23,6 +24,11 @@ def prepare(trainer, adapter: SparseAdapterModel) -> None:
     """
     plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
     if plugin is None:
+        if trainer.args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+            raise UserError(
+                "FSDP was asked for and accelerate does not shard this run (it does so for several processes on "
+                "accelerators only); leave FSDP out, or launch more processes"
+            )
         return
     if plugin.fsdp_version != 2:
         raise UserError(
@@ -35,15 +41,15 @@ def prepare(trainer, adapter: SparseAdapterModel) -> None:
         reason = "it has an optimizer or callbacks of its own, which see whole tensors"
     if reason is not None:
         raise UserError(f"the adapter {adapter.name} cannot be trained under FSDP2: {reason}; use DDP")
+    # Each process reads its own part of a checkpoint: with whole ones accelerate 1.15 waits for ever when it loads.
+    plugin.state_dict_config = plugin.optim_state_dict_config = None
+    plugin.set_state_dict_type("SHARDED_STATE_DICT")
     # Autocast casts what a product takes (bf16); casting parameters as well would round the float32 adapters.
     plugin.mixed_precision_policy = torch.distributed.fsdp.MixedPrecisionPolicy()
 
 
-def save_adapter(trainer, folder: Path) -> None:
-    """Write the adapter as one process would; under FSDP2 only its own tensors are gathered, not the base weights."""
-    if not trainer.is_fsdp_enabled:
-        trainer.save_model(str(folder))
-        return
+def save_adapter(trainer, folder: str | Path) -> None:
+    """Write the adapter of a sharded model as one process would; only its tensors are gathered, no base weights."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     state = {name: whole(parameter) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if trainer.args.should_save:

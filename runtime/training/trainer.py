@@ -71,7 +71,7 @@ class SparseTrainer(ExtraLoss, Trainer):
     ):
         self.parts = model.base_model.training_parts(arguments)
         self.distillation = distillation
-        self._eval_sums: list[Tensor] = []
+        self._evaluated: list[Tensor] = []
         options = arguments.gradient_checkpointing_kwargs or {}
         if arguments.gradient_checkpointing and options.get("use_reentrant"):
             # That kind of checkpoint has a gradient only where its input has one; the embeddings are frozen.
@@ -87,22 +87,32 @@ class SparseTrainer(ExtraLoss, Trainer):
         )
         sharding.prepare(self, model.base_model)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        if not self.is_fsdp_enabled:
+            super().save_model(output_dir, _internal_call)
+            return
+        sharding.save_adapter(self, output_dir or self.args.output_dir)
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        found = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if found[0] is not None:
-            # The loss of a batch is a mean over its tokens, here over those of all processes together.
-            tokens = self.accelerator.reduce((inputs["labels"][:, 1:] != IGNORED).sum(), "sum")
-            loss = self.accelerator.reduce(found[0].double(), "mean")
-            self._eval_sums.append(torch.stack([loss * tokens, tokens.double()]))
-        return found
+        if not prediction_loss_only:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")[:, 1:]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits[:, :-1].float()
+        losses = torch.nn.functional.cross_entropy(logits.mT, labels, ignore_index=IGNORED, reduction="none").sum(1)
+        tokens = (labels != IGNORED).sum(1)
+        # Without the rows that fill up the last batch of the processes.
+        found = self.accelerator.gather_for_metrics((losses.double(), tokens))
+        self._evaluated.append(torch.stack([part.double().sum() for part in found]))
+        return losses.sum() / tokens.sum(), None, None
 
     def evaluation_loop(self, *args, metric_key_prefix="eval", **options):
-        self._eval_sums = []
+        self._evaluated = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
-        name = f"{metric_key_prefix}_loss"
-        if name in output.metrics and self._eval_sums:
-            total, tokens = torch.stack(self._eval_sums).sum(0).tolist()
-            output.metrics[name] = total / tokens
+        if self._evaluated:
+            loss, tokens = torch.stack(self._evaluated).sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
         return output
 
     def _track_num_input_tokens(self, inputs):

@@ -68,7 +68,7 @@ def _run(
 
     from sparse_rt.adapters.registry import get_adapter
     from sparse_rt.hf.load import load
-    from sparse_rt.training import checkpoints, digest, run, sharding
+    from sparse_rt.training import checkpoints, digest, run
     from sparse_rt.training.dataset import refuse_leaking, training_data
     from sparse_rt.training.distillation import described, recipe_of
     from sparse_rt.training.options import adapter_config, training_arguments
@@ -99,7 +99,7 @@ def _run(
         refuse_leaking(model)
     distillation = None if recipe is None else _teaching(options, recipe, checkpoint, data, arguments, progress)
     trained = run.train(model, data, arguments, resumed, progress, distillation)
-    sharding.save_adapter(trained.trainer, work / "final")
+    trained.trainer.save_model(str(work / "final"))
     result = _result(options, data, digests, trained, resumed)
     if partial is not None:
         _write(partial, options, data.max_seq_len, trained, result, work)
@@ -130,6 +130,7 @@ def _result(options: FinetuneOptions, data, digests: dict[str, Any], trained, re
         "tokens_per_second": round(trained.tokens / trained.seconds, 1),
         **run.peak_memory(),
         "device": str(trained.trainer.args.device),
+        "processes": trained.trainer.args.world_size,
         "resumed_from": resumed.name if resumed else None,
     }
 

@@ -1,10 +1,6 @@
 """``finetune``: it learns, it resumes to the bit, it leaves nothing half written."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -186,23 +182,6 @@ def test_an_existing_output_is_refused(options, tmp_path):
     (tmp_path / "out" / "mine").touch()
     with pytest.raises(UserError, match="not empty"):
         finetune(options())
-
-
-@pytest.mark.slow
-def test_two_processes_write_one_adapter(options, tmp_path):
-    """`accelerate launch -m sparse_rt finetune` with DDP over gloo."""
-    fields = options("out", trainer={"max_steps": 3}).model_dump(mode="json")
-    script = tmp_path / "train.py"
-    script.write_text(
-        "from sparse_rt.config import FinetuneOptions\nfrom sparse_rt.workflows.finetune import finetune\n"
-        f"finetune(FinetuneOptions(**{fields!r}))\n"
-    )
-    launch = ["accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", "0", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-m", *launch], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == FILES
-    assert not Path(tmp_path / ".out.training").exists()
 
 
 def test_modules_to_save_are_trained_and_saved(options, base, tmp_path):
