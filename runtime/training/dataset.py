@@ -76,8 +76,9 @@ def refuse_leaking(model) -> None:
     apart = torch.arange(length, device=model.device).repeat(2)[None]
 
     def difference(positions) -> float:
-        one, other = (model(row[None], position_ids=positions).logits[0, length:].double() for row in rows)
-        return float((one - other).norm())
+        # Without a cache, as in training: with one, transformers does not look for packed texts.
+        one, other = (model(row[None], position_ids=positions, use_cache=False).logits[0, length:] for row in rows)
+        return float((one.double() - other.double()).norm())
 
     mode = model.training
     model.eval()
