@@ -51,6 +51,8 @@ SPARSE: dict[str, tuple[str, dict[str, Any]]] = {
     "spp": ("spp", {}),
     "spp-exact": ("spp", {"exact": True}),
     "masklora": ("masklora", {}),
+    "seft": ("seft", {}),
+    "dcft": ("dcft", {"units": ["qk"]}),
     "values": ("values", {}),
 }
 # Times of one turn are compared: dense / sparse.
