@@ -8,6 +8,7 @@ import yaml
 from peft import PeftModel
 
 import helpers
+from sparse_rt.adapters.registry import adapter_names
 from sparse_rt.config import FinetuneOptions, read_yaml
 from sparse_rt.errors import SparseRTError, UserError
 from sparse_rt.hf.load import load
@@ -106,13 +107,14 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(options, tmp_path, adapte
 
 
 @pytest.mark.slow
-def test_kill_9_leaves_no_half_adapter_and_resumes_to_the_bit(options, tmp_path):
-    helpers.run_until_killed("finetune", options("out"), after=5, cwd=tmp_path)
+@pytest.mark.parametrize("adapter", adapter_names())
+def test_kill_9_leaves_no_half_adapter_and_resumes_to_the_bit(options, tmp_path, adapter):
+    helpers.run_until_killed("finetune", options("out", adapter=adapter), after=5, cwd=tmp_path)
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match=r"checkpoint-3; pass --resume to go on from it, or --overwrite"):
-        finetune(options("out"))
-    resumed = finetune(options("out", resume=True))
-    finetune(options("whole"))
+        finetune(options("out", adapter=adapter))
+    resumed = finetune(options("out", resume=True, adapter=adapter))
+    finetune(options("whole", adapter=adapter))
     assert resumed["resumed_from"] == "checkpoint-3"
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
