@@ -59,9 +59,9 @@ def adapter_bytes(folder):
     return (folder / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("adapter, loss", [("spp", 0.3), ("masklora", 0.3), ("values", 0.3)])
+@pytest.mark.parametrize("adapter, loss", [("spp", 0.3), ("masklora", 0.3), ("values", 0.3), ("seft", 0.3)])
 def test_the_loss_falls_and_the_folder_is_whole(options, tmp_path, adapter, loss):
-    rate = {"spp": 0.1, "masklora": 0.02, "values": 0.005}[adapter]
+    rate = {"spp": 0.1, "masklora": 0.02, "values": 0.005, "seft": 0.02}[adapter]
     trainer = {"max_steps": 40, "per_device_train_batch_size": 8, "learning_rate": rate, "save_strategy": "no"}
     result = finetune(options(adapter=adapter, trainer=trainer))
     assert result["last_loss"] < result["first_loss"] - loss
@@ -91,10 +91,14 @@ def test_the_run_file_repeats_the_run(options, tmp_path):
     assert adapter_bytes(tmp_path / "again") == adapter_bytes(tmp_path / "out")
 
 
-@pytest.mark.parametrize("adapter", ["spp", "masklora", "values"])
+# An evolution after step 5; checkpoint-6 lies in the window that ends the run, checkpoint-3 in the one before.
+SEFT = {"mode": "nm_swap", "interval": 5, "window": 4, "drop_rate": 0.5}
+
+
+@pytest.mark.parametrize("adapter", ["spp", "masklora", "values", "seft"])
 def test_resume_equals_an_uninterrupted_run_to_the_bit(options, tmp_path, adapter):
     # Dropout draws random numbers at every step: resuming must restore the generator, too.
-    fields = dict(adapter=adapter, adapter_options={"dropout": 0.1})
+    fields = dict(adapter=adapter, adapter_options={"dropout": 0.1, **(SEFT if adapter == "seft" else {})})
     whole = finetune(options("whole", **fields))
     with pytest.raises(KeyboardInterrupt):
         finetune(options("out", **fields), Interrupt(7))
@@ -104,6 +108,17 @@ def test_resume_equals_an_uninterrupted_run_to_the_bit(options, tmp_path, adapte
     assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
     assert resumed["losses"] == whole["losses"] and resumed["tokens"] < whole["tokens"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_seft_resumes_to_the_bit_before_its_mask_moves(options, tmp_path):
+    """Interrupted in the window whose gradients decide, and in the middle of a step of two micro-batches."""
+    fields = dict(adapter="seft", adapter_options=SEFT)
+    trainer = {"gradient_accumulation_steps": 2, "max_steps": 8}
+    finetune(options("whole", trainer=trainer, **fields))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(options("out", trainer=trainer, **fields), Interrupt(4))
+    assert finetune(options("out", resume=True, trainer=trainer, **fields))["resumed_from"] == "checkpoint-3"
+    assert adapter_bytes(tmp_path / "out") == adapter_bytes(tmp_path / "whole")
 
 
 @pytest.mark.slow
