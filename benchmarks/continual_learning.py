@@ -16,7 +16,7 @@ are not merged in between.
     dcft-switch                                 a map for every task, switched when measuring: nothing can be forgotten
     spp-joint                                   SPP on the rows of all tasks mixed: what is possible
 
-Every method that is tuned gets three trials on seed 0 and the 2:4 model: three learning rates, or three strengths of
+Every method that is tuned gets three trials of 24 steps a task on seed 0 and the 2:4 model: three learning rates, or three strengths of
 its penalty at the learning rate of the method without it. The best geometric mean of the final perplexities on
 validation texts is taken. dcft-switch and spp-joint take the rates of dcft and spp.
 
@@ -45,7 +45,7 @@ from sparse_rt.training.continual import perplexity_metrics
 from sparse_rt.workflows.convert import convert
 
 BASES = {"2:4": ("2:4", 0.5), "60%": ("unstructured", 0.6)}
-SEEDS = (0, 1, 2)
+SEEDS, TRIAL_STEPS = (0, 1, 2), 24
 RESULTS = Path(__file__).resolve().parent / "results" / "continual_learning.jsonl"
 
 
@@ -147,7 +147,7 @@ def read_list(text: str | None, known: list, kind: type = str) -> list:
 @click.option("--methods", "names", help=f"comma separated; default: all of {', '.join(methods.METHODS)}")
 @click.option("--bases", help=f"comma separated; default: {', '.join(BASES)}")
 @click.option("--seeds", help="comma separated; default: 0,1,2")
-@click.option("--steps", default=24, show_default=True, help="optimizer steps a task")
+@click.option("--steps", default=64, show_default=True, help="optimizer steps a task")
 @click.option("--part", default="0/1", help="this process takes every k-th cell: INDEX/COUNT")
 def main(output: Path, workdir: Path, tune: bool, names, bases, seeds, steps: int, part: str) -> None:
     torch.set_num_threads(1)
@@ -159,10 +159,10 @@ def main(output: Path, workdir: Path, tune: bool, names, bases, seeds, steps: in
     waiting = [cell for number, cell in enumerate(wanted) if number % count == index]
     while waiting:
         cell = waiting.pop(0)
-        rows = [row for row in read_rows(output) if row["steps"] == steps]
-        if cell in {key_of(row) for row in rows}:
+        rows = [row for row in read_rows(output) if row["kind"] == "tune" or row["steps"] == steps]
+        if cell in {key_of(row) for row in rows if (row["kind"] == "tune") is tune}:
             continue
-        row = measure(cell, rows, workdir, steps)
+        row = measure(cell, rows, workdir, TRIAL_STEPS if tune else steps)
         if row is None:
             if not tune or count == 1:
                 raise click.UsageError(f"{cell}: trials are missing, run with --tune first")

@@ -52,7 +52,7 @@ METHODS: dict[str, Method] = {
     "spp-replay": Method("spp", (1e-2, 3e-2, 1e-1), replay=0.05),
     "spp-ewc": Method("spp", (1e1, 1e2, 1e3), "strength", "spp", ewc=True),
     "masklora": Method("masklora", (1e-3, 4e-3, 1.6e-2)),
-    "seft": Method("seft", (3e-4, 1e-3, 3e-3), options={"mode": "survivors"}),
+    "seft": Method("seft", (3e-4, 1e-3, 3e-3), options={"mode": "survivors", "interval": 16}),
     "dcft": Method("dcft", (1e-2, 3e-2, 1e-1), options=NO_PENALTY),
     "dcft-frob": Method("dcft", (1.0, 10.0, 100.0), "strength", "dcft", {"penalty": "frob"}),
     "dcft-cos": Method("dcft", (1.0, 10.0, 100.0), "strength", "dcft", {"penalty": "cos"}),
