@@ -16,9 +16,9 @@ are not merged in between.
     dcft-switch                                 a map for every task, switched when measuring: nothing can be forgotten
     spp-joint                                   SPP on the rows of all tasks mixed: what is possible
 
-Every method that is tuned gets three trials of 24 steps a task on seed 0 and the 2:4 model: three learning rates, or three strengths of
-its penalty at the learning rate of the method without it. The best geometric mean of the final perplexities on
-validation texts is taken. dcft-switch and spp-joint take the rates of dcft and spp.
+Every method that is tuned gets three trials of 24 steps a task on seed 0 and the 2:4 model: three learning rates, or
+three strengths of its penalty at the learning rate of the method without it. The best geometric mean of the final
+perplexities on validation texts is taken. dcft-switch and spp-joint take the rates of dcft and spp.
 
 Cells that the output holds are skipped, so a stopped run goes on; several processes share the work with ``--part 0/2``
 and ``--part 1/2``.
