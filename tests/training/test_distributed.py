@@ -68,14 +68,14 @@ def test_fsdp2_trains_what_one_process_trains(options, base, launch, whole, tmp_
     """Values and metadata are split and come back bit for bit; the adapter is written whole."""
     names = adapter_names()
     runs = {name: options(name, {**HALF, **FSDP2}, name, eval_fraction=0.2) for name in names}
-    runs["fsdp1"] = options("fsdp1", {"fsdp": True, "fsdp_config": {"version": 1}})
+    runs["fsdp1"] = options("fsdp1", {"fsdp": True, "fsdp_config": {"version": 1, "sync_module_states": False}})
     ranks = launch(runs, shard_on_cpus=True)
     assert "FSDP1 flattens the parameters" in ranks.pop("fsdp1")[1]["error"]
     checkpoint = Checkpoint.open(base)
     expected = {name: checkpoint.load(name) for name in checkpoint.compressed_tensors()}
     for name, seen in ranks.items():
         if name not in SHARDED:
-            assert f"the adapter {name} cannot be trained under FSDP2: " in seen[0]["error"]
+            assert name in seen[0]["error"].lower() and "FSDP" in seen[0]["error"] and "DDP" in seen[0]["error"]
             continue
         assert_same_training(whole(name), seen)
         for rank in seen:
