@@ -44,7 +44,7 @@ class Chosen:
 def gradient(dy: Tensor, x: Tensor, chosen: Chosen) -> Tensor:
     """dY^T X at the chosen positions: dy [..., m], x [..., n] -> [K], float32 (float64 of float64)."""
     m, n = chosen.m, chosen.n
-    if chosen.positions.is_cuda and refusal(chosen.pattern, m, n, dy, x) is None:
+    if refusal(chosen.pattern, m, n, dy, x) is None:
         from sparse_rt.kernels.triton import gradient_epilogues
 
         if "fast" not in chosen.cache:
@@ -79,7 +79,7 @@ def largest(
     """Flat positions, ascending, of the ``count`` largest |dY^T X| among the kept positions, or with ``pruned`` among
     all, by the GPU kernel; None where it does not run. Ties go to the lower position, zeros are left out.
     """
-    if not x.is_cuda or refusal(pattern, m, n, dy, x) is not None:
+    if refusal(pattern, m, n, dy, x) is not None:
         return None
     from sparse_rt.kernels.triton import growth
 
