@@ -113,7 +113,7 @@ class FinetuneOptions(Options):
 
     model: str
     output_dir: Path
-    adapter: str = Field("spp", description="spp, masklora, values or dcft")
+    adapter: str = Field("spp", description="spp, masklora, seft, values or dcft")
     dataset: str | None = Field(None, description="training data: .jsonl, .txt, a folder or a hub data set")
     max_seq_len: int = Field(512, ge=2, description="tokens of a training sequence")
     completion_only: bool = Field(False, description="learn the answers only, not the prompts")

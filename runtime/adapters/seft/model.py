@@ -24,6 +24,8 @@ class SEFTModel(SparseAdapterModel):
     prefix = "seft_"
     config_cls = SEFTConfig
     tuner_layer_cls = SEFTLayer
+    # Tuned roughly on the shipped model (Wanda 60%, 60 steps): perplexity 12.41 before; 11.96 with 1e-3, 11.94 with
+    # 3e-3, 12.74 with 1e-2. SpIEL searched 1e-4 to 3e-6 for 7B, whose weights are smaller.
     learning_rate = 1e-3
     promise = (
         "Merging keeps the number of kept weights of every matrix, and N:M; in the modes `unstructured` and `nm_swap` "
