@@ -165,7 +165,7 @@ def run_processes(command, timeout=240, cwd=None, **environment):
     return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
 
-def short_run(model, dataset, output, trainer=(), adapter="spp", **changes) -> FinetuneOptions:
+def short_run(model, dataset, output, /, trainer=(), adapter="spp", **changes) -> FinetuneOptions:
     """Options of a fine-tuning of four steps with four rows each."""
     fields = dict(model=str(model), output_dir=output, dataset=str(dataset), max_seq_len=32, adapter=adapter)
     usual = dict(max_steps=4, per_device_train_batch_size=4, logging_steps=1, save_strategy="no")

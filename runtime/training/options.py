@@ -62,6 +62,8 @@ def training_arguments(
     _refuse_unknown(options, known.keys() - _ELSEWHERE.keys(), "training option")
     typed = {name: _typed(name, value, known[name].type) for name, value in options.items()}
     merged = resolved(adapter, typed, evaluates)
+    if not torch.accelerator.is_available():
+        merged.setdefault("use_cpu", True)  # transformers refuses bf16 unless it is told so; no part of the run file
     try:
         return TrainingArguments(output_dir=str(folder), seed=seed, **merged)
     except (ValueError, TypeError, ImportError) as error:
