@@ -144,6 +144,10 @@ def train(
         raise
     except ValueError as error:
         raise UserError(f"training options: {' '.join(str(error).split())}") from error
+    except RuntimeError as error:
+        if "to be installed" not in str(error):
+            raise
+        raise UserError(f"training option report_to: {error}") from error  # a reporter whose package is missing
     for callback in (PrinterCallback, ProgressCallback):  # both write to standard output
         trainer.remove_callback(callback)
     before = _tokens_before(checkpoint)

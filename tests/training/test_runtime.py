@@ -185,5 +185,5 @@ def test_reports_go_where_report_to_says(options, tmp_path):
 
 
 def test_a_reporter_that_is_not_installed_is_named(options):
-    with pytest.raises(UserError, match="comet|mlflow|wandb|swanlab"):
+    with pytest.raises(UserError, match="report_to: .*swanlab to be installed"):
         finetune(options(trainer={"report_to": "swanlab"}))
