@@ -19,6 +19,7 @@ from sparse_rt.optional import require
 from sparse_rt.report import markdown_table
 
 Rows = list[dict[str, Any]]
+PARITY = ("spp", "spp-float64")
 NAMES = {
     "pruned": "pruned",
     "dcft": "DCFT",
@@ -28,7 +29,6 @@ NAMES = {
     "masklora": "MaskLoRA",
     "seft": "SEFT",
     "values": "values (all kept)",
-    "spp-float64": "SPP, dense, float64",
 }
 
 
@@ -75,6 +75,28 @@ def rates(rows: Rows) -> str:
     return markdown_table(["method", "learning rate: perplexity"], [(k, ", ".join(v)) for k, v in tried.items()])
 
 
+def parity(rows: Rows) -> str:
+    """SPP as trained by the product beside its published equations in float64, seed by seed on the same batches."""
+    latest = {key_of(row): row for row in rows if row["kind"] == "run"}.values()
+    found = {name: {_place(row): row["perplexity"] for row in latest if row["method"] == name} for name in PARITY}
+    ours, exact = (found[name] for name in PARITY)
+    body = [
+        (
+            title(place[:3]),
+            place[3],
+            f"{ours[place]:.3f}",
+            f"{exact[place]:.3f}",
+            f"{ours[place] / exact[place] - 1:+.2%}",
+        )
+        for place in sorted(ours.keys() & exact.keys())
+    ]
+    return markdown_table(["base", "seed", "SPP", "dense float64", "difference"], body) if body else ""
+
+
+def _place(row: dict[str, Any]) -> tuple:
+    return row["pruner"], row["pattern"], row["sparsity"], row["seed"]
+
+
 def plot(rows: Rows, path: Path) -> None:
     require("matplotlib", extra="plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -106,7 +128,7 @@ def plot(rows: Rows, path: Path) -> None:
 @click.option("--plot", "picture", type=click.Path(path_type=Path))
 def main(file: Path, picture: Path | None) -> None:
     rows = read_rows(file)
-    click.echo(f"{table(rows)}\n\n{rates(rows)}")
+    click.echo("\n\n".join(filter(None, (table(rows), rates(rows), parity(rows)))))
     if picture:
         plot(rows, picture)
 

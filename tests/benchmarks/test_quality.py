@@ -55,6 +55,12 @@ def test_the_table_shows_mean_and_spread_and_the_last_row_of_a_cell(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 1000
 
 
+def test_the_report_compares_spp_with_its_equations_seed_by_seed():
+    rows = [row("spp", 0, 16.08), row("spp", 1, 15.0), row("spp-float64", 0, 16.0)]
+    assert "| 2:4 wanda | 0 | 16.080 | 16.000 | +0.50% |" in quality_report.parity(rows)
+    assert not quality_report.parity(rows[:2])
+
+
 def test_lora_then_remask_leaves_the_zeros_zero(tmp_path):
     folder = helpers.compress_folder(helpers.tiny_llama(tmp_path / "dense"), tmp_path / "base", "2:4")
     base = load(folder, dequantize=True)
