@@ -38,29 +38,31 @@ def cell(rows: list[dict[str, Any]], name: str) -> str:
     else:
         values = [row[name] for row in rows]
     mean, spread = mean_and_spread(values)
-    if name in ("acc", "last"):
-        return f"{mean:.2f} ± {spread:.2f}"
-    return f"{100 * mean:+.1f} ± {100 * spread:.1f} %"
+    shown, form = ((mean, spread), ".2f") if name in ("acc", "last") else ((100 * mean, 100 * spread), "+.1f")
+    text = f"{shown[0]:{form}}" + (f" ± {shown[1]:{form.lstrip('+')}}" if len(values) > 1 else "")
+    return text if name in ("acc", "last") else f"{text} %"
 
 
 def table(rows: list[dict[str, Any]], base: str) -> str:
     found = groups(rows)
     lines = [
-        "| method | rate, strength | trained | perplexity, mean | of the last task | BWT | forgetting | FWT |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| method | seeds | rate, strength | trained | perplexity, mean | of the last task | BWT | forgetting | FWT |",
+        "|---|---:|---|---:|---:|---:|---:|---:|---:|",
     ]
     untrained = next(iter(found.values()))[0]["perplexities"][0] if found else None
     for (of, _), group in found.items():
         if of == base:
             untrained = group[0]["perplexities"][0]
     if untrained:
-        lines.append(f"| none | | 0 | {statistics.geometric_mean(untrained):.2f} | {untrained[-1]:.2f} | | | |")
+        lines.append(f"| none | | | 0 | {statistics.geometric_mean(untrained):.2f} | {untrained[-1]:.2f} | | | |")
     for name in METHODS:
         group = found.get((base, name))
         if group:
             first = group[0]
             strength = "" if first["strength"] is None else f", {first['strength']:g}"
-            head = f"| {name} | {first['learning_rate']:g}{strength} | {first['trainable_parameters']:,} |"
+            head = (
+                f"| {name} | {len(group)} | {first['learning_rate']:g}{strength} | {first['trainable_parameters']:,} |"
+            )
             lines.append(head + "".join(f" {cell(group, column)} |" for column in COLUMNS))
     return "\n".join(lines)
 

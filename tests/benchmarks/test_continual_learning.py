@@ -59,7 +59,7 @@ def test_the_report_compares_forgetting(tmp_path):
     rows = [row(name, seed, table) for name, table in (("spp", spp), ("dcft", dcft)) for seed in (0, 1)]
     rows.append(row("spp-joint", 0, [spp[0], [20, 40, 40]]))
     text = report.table(rows, "2:4")
-    assert "| none | | 0 | 63.50 | 80.00 |" in text and "| spp-joint |" in text
+    assert "| none | | | 0 | 63.50 | 80.00 |" in text and "| spp-joint |" in text
     assert report.bar(rows, "2:4")[0].endswith("+2.5 %: met")
     report.plot(rows, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
