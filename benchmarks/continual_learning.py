@@ -5,10 +5,10 @@
     python continual_learning.py --workdir /tmp/continual
     python continual_report.py
 
-The model is pruned with Wanda (2:4, and 60 % unstructured) by `convert`; then Python, English prose and C headers are
-trained in this order, ``--steps`` steps of 2 sequences of 256 tokens each, and after every task the perplexity of all
-three is measured on files of their own (continual_domains.py). Adapters run in float32 on the compressed weights and
-are not merged in between.
+The model is pruned with Wanda by `convert` (2:4; 60 % unstructured with ``--bases 60%``); then Python, English prose
+and C headers are trained in this order, ``--steps`` steps of 2 sequences of 256 tokens each, and after every task the
+perplexity of all three is measured on files of their own (continual_domains.py). Adapters run in float32 on the
+compressed weights and are not merged in between.
 
     spp, masklora, seft (survivors)             one adapter that goes on from task to task
     spp-replay, spp-ewc                         SPP with 5 % of the rows from earlier tasks; with the penalty of EWC
@@ -145,7 +145,7 @@ def read_list(text: str | None, known: list, kind: type = str) -> list:
 @click.option("--workdir", type=click.Path(path_type=Path), required=True, help="folder for the pruned models")
 @click.option("--tune", is_flag=True, help="make the trials instead of running the cells")
 @click.option("--methods", "names", help=f"comma separated; default: all of {', '.join(methods.METHODS)}")
-@click.option("--bases", help=f"comma separated; default: {', '.join(BASES)}")
+@click.option("--bases", default="2:4", show_default=True, help=f"comma separated; of {', '.join(BASES)}")
 @click.option("--seeds", help="comma separated; default: 0,1,2")
 @click.option("--steps", default=64, show_default=True, help="optimizer steps a task")
 @click.option("--part", default="0/1", help="this process takes every k-th cell: INDEX/COUNT")
