@@ -4,9 +4,9 @@ Columns that take turns, for one shape and number of tokens; a step is the forwa
 whose input wants a gradient (no optimizer):
 
     official_spp, lora, masked_dense      training_cost_baselines.py, on the dense weight with the mask of 2:4
-    spp, masklora, values                 the adapter layers, through their kernels
-    spp, masklora, values (scratch)       the same layers where dY^T X is formed by cuBLAS, as on an unmeasured GPU
-    dcft                                  a trained scale of the layer's input: two products, no gradient of the weight
+    spp, masklora, seft, values, dcft     the adapter layers, through their kernels; dcft is a trained scale of the
+                                          layer's input: two products, no gradient of the weight
+    the same (scratch)                    the same layers through torch and cuBLAS, as on an unmeasured GPU
 
 One row per cell and path: ``ratios`` of every baseline's time to its own, ``scratch_ratio`` of the way without kernels
 to the one with them (which decides the dispatch table), ``peak_bytes`` beyond weights and inputs. Every gradient was
@@ -37,7 +37,13 @@ TOKENS, LONG = (512, 2048), 8192  # LONG: for two shapes of the first model
 CELLS = ("2:4", "50%", "75%")
 BASELINES = {"official_spp": OfficialSPP, "lora": DenseLoRA, "masked_dense": MaskedDense}
 # Adapter -> the kernel that reduces its gradient in the tiles of dY^T X.
-KERNELS = {"spp": "factors_grad", "masklora": "rank_products", "values": "values_grad"}
+KERNELS = {
+    "spp": "factors_grad",
+    "masklora": "rank_products",
+    "seft": "positions_grad",
+    "values": "values_grad",
+    "dcft": "scale_columns",
+}
 # Of gradients that are sums of products in float32, from factors that bfloat16 does not hold: the kernels round some.
 MAX_ERROR = 1e-2
 
@@ -62,8 +68,7 @@ class Adapted(nn.Module):
         super().__init__()
         adapter, (m, n) = get_adapter(name), weight.shape
         base = SparseLinear(n, m, cell.pattern, *get_format(cell.pattern).compress(weight, mask), None)
-        self.config = adapter.config_cls()
-        self.layer = adapter.tuner_layer_cls(base, "default", self.config)
+        self.layer = adapter.tuner_layer_cls(base, "default", adapter.config_cls())
         self.trainables = [parameter for parameter in self.layer.parameters() if parameter.requires_grad]
         with torch.no_grad():
             for parameter in self.trainables:
@@ -80,12 +85,14 @@ class Adapted(nn.Module):
         """Gradients of the trainables in float64: the adapter's update differentiated at dY^T X."""
         base = self.layer.base_layer
         weight = self.layer.compressed()
-        leaves = [parameter.detach().double().requires_grad_() for parameter in self.trainables]
-        updates = [self.layer.update(self.config, weight.rows(b, torch.float64), *leaves) for b in weight.blocks]
-        update = torch.cat([part.flatten() for part in updates])
+        (update,) = self.layer.updates(["default"])
+        leaves = [p.detach().double().requires_grad_() if p.is_floating_point() else p for p in update.parameters]
+        parts = [update.function(weight.rows(block, torch.float64), *leaves) for block in weight.blocks]
+        changes = torch.cat([part.flatten() for part in parts])
         dense, wide = product64(dy.t(), x.detach().t()), base.values.double()
         gradient = ops.gather(dense, base.metadata, base.pattern, base.out_features, base.in_features, wide)
-        return list(torch.autograd.grad(update, leaves, gradient.flatten()))
+        trained = [leaf for leaf in leaves if leaf.is_floating_point()]
+        return list(torch.autograd.grad(changes, trained, gradient.flatten()))
 
 
 class InputScale(nn.Module):
@@ -130,15 +137,16 @@ def one_number_of_tokens(
             calls[name] = partial(gradients, make(masked), x, dy)
     facts: dict[Any, Row] = {}
     for cell, mask in masks.items():
-        for name in (*KERNELS, "dcft"):
+        for name, kernel in KERNELS.items():
             named = {**fields, **cell.fields, "path": name}
 
-            def prepare(name=name, cell=cell, mask=mask, named=named):
+            def prepare(name=name, kernel=kernel, cell=cell, mask=mask, named=named):
                 layer = InputScale(weight, cell, mask) if name == "dcft" else Adapted(name, weight, cell, mask)
                 wanted = layer.expected(x, dy)
-                ways = {name: forced((), gradients, layer, x, dy)}
-                if name in KERNELS:
-                    ways = {name: forced((KERNELS[name],), gradients, layer, x, dy), f"{name} scratch": ways[name]}
+                ways = {
+                    name: forced((kernel,), gradients, layer, x, dy),
+                    f"{name} scratch": forced((), gradients, layer, x, dy),
+                }
                 errors = [check(way(), wanted) for way in ways.values()]
                 calls.update({(cell, path): way for path, way in ways.items()})
                 facts[cell, name] = {**named, "rms": {"sparse": max(errors)}, "sparse_bytes": layer.weight_bytes}

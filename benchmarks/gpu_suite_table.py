@@ -31,7 +31,13 @@ Row = dict[str, Any]
 
 FROM_THE_FIRST_TOKEN = ("d4", "mma_sp", "linear", "linear_t")
 # Rows of a training step, and the kernel that makes the difference to its ``scratch`` way.
-TRAINING = {"spp": "factors_grad", "masklora": "rank_products", "values": "values_grad"}
+TRAINING = {
+    "spp": "factors_grad",
+    "masklora": "rank_products",
+    "seft": "positions_grad",
+    "values": "values_grad",
+    "dcft": "scale_columns",
+}
 SECOND_FORM_GAIN = 1.15
 SLACK = 0.01  # a weight pruned to 50 % has 49.9 % zeros as often as 50.1 %
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "triton" / "configs"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.kernels.backends import FORCE_VARIABLE, Call
+from sparse_rt.kernels.triton import dispatch
 from sparse_rt.kernels.triton import ops as triton
 
 # Tokens of one piece of the reduction on a CPU: its float32 products stay in a core's cache.
@@ -60,11 +61,14 @@ def _column_sums(h: Tensor, dy: Tensor, dtype: torch.dtype) -> Tensor:
     return total.to(dtype)
 
 
-def refusal(*tensors: Tensor) -> str | None:
+def refusal(h: Tensor, scale: Tensor) -> str | None:
     """Why the kernel does not take these tensors; None: it does."""
     forced = os.environ.get(FORCE_VARIABLE)
     if forced and forced != "triton":
         return f"{FORCE_VARIABLE}={forced}"
     # The pattern is any: there is no weight in this operation.
-    calls = (Call("linear", "2:4", 0, 0, 0, tensor.dtype, tensor.device.type) for tensor in tensors)
-    return next((reason for reason in map(triton.can_run, calls) if reason), None)
+    calls = (Call("linear", "2:4", 0, 0, 0, tensor.dtype, tensor.device.type) for tensor in (h, scale))
+    reason = next((reason for reason in map(triton.can_run, calls) if reason), None)
+    n = h.shape[-1]
+    limits = dispatch.limits("scale_columns", dispatch.BITMASK, 1, n, 0.0, h.dtype, h.device) if reason is None else ()
+    return reason or (None if h.numel() // max(1, n) in limits else dispatch.refusal("scale_columns"))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rt.kernels.low_rank import refusal
+from sparse_rt.kernels import low_rank
+from sparse_rt.kernels.triton import dispatch
 
 # Elements of G that exist at once: 4 MB of float32 stay in a core's cache, a GPU wants fewer and larger products.
 TILE_ELEMENTS = {"cpu": 1 << 20}
@@ -44,7 +45,7 @@ class Chosen:
 def gradient(dy: Tensor, x: Tensor, chosen: Chosen) -> Tensor:
     """dY^T X at the chosen positions: dy [..., m], x [..., n] -> [K], float32 (float64 of float64)."""
     m, n = chosen.m, chosen.n
-    if refusal(chosen.pattern, m, n, dy, x) is None:
+    if refusal(dy, x, chosen.pattern, m, n) is None:
         from sparse_rt.kernels.triton import gradient_epilogues
 
         if "fast" not in chosen.cache:
@@ -79,7 +80,7 @@ def largest(
     """Flat positions, ascending, of the ``count`` largest |dY^T X| among the kept positions, or with ``pruned`` among
     all, by the GPU kernel; None where it does not run. Ties go to the lower position, zeros are left out.
     """
-    if refusal(pattern, m, n, dy, x) is not None:
+    if refusal(dy, x, pattern, m, n) is not None:
         return None
     from sparse_rt.kernels.triton import growth
 
@@ -92,6 +93,16 @@ def largest(
     order = positions.argsort()
     positions, size = positions[order], size[order]
     return positions[torch.sort(size, descending=True, stable=True).indices[:count].sort().values]
+
+
+def refusal(dy: Tensor, x: Tensor, pattern: str, m: int, n: int) -> str | None:
+    """Why the GPU kernels do not take this gradient; None: they do. The sparsity of the weight does not matter."""
+    reason = low_rank.refusal(pattern, m, n, dy, x)
+    if reason is None:
+        dtype = dy.dtype if dy.dtype == x.dtype else torch.float32
+        if x.numel() // max(1, n) not in dispatch.limits("positions_grad", pattern, m, n, 0.0, dtype, x.device):
+            return dispatch.refusal("positions_grad")
+    return reason
 
 
 def tile_rows(n: int, device: torch.device) -> int:

@@ -90,6 +90,8 @@ KERNELS = {
     "values_grad": Kernel("dY^T X at the kept positions", ALWAYS),
     "factors_grad": Kernel("gradients of SPP, reduced in the tiles of dY^T X", ALWAYS),
     "rank_products": Kernel("gradients of MaskLoRA, reduced in the tiles of dY^T X", ALWAYS),
+    "positions_grad": Kernel("dY^T X at chosen positions, and where it is largest (SEFT)", ALWAYS),
+    "scale_columns": Kernel("columns of an activation times a trained vector, and its gradient (DCFT)", ALWAYS),
 }
 
 _forced: frozenset[str] | None = None

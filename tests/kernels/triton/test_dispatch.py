@@ -10,8 +10,8 @@ import packed_cases
 pytest.importorskip("triton")
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
+from sparse_rt.kernels import columns, positions, reference
 from sparse_rt.kernels import packed as front
-from sparse_rt.kernels import reference
 from sparse_rt.kernels.triton import configs, cslt, d4, decompress, dispatch, gradient, layouts, mma_sp, ops, packed
 from sparse_rt.kernels.triton import linear as linear_kernels
 
@@ -122,6 +122,22 @@ def test_gradients_are_gathered_from_blocks_of_a_dense_one(device, case, given, 
             torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
         else:  # rounded once
             assert (found.double() - exact).norm() <= 3e-3 * exact.norm()
+
+
+def test_what_seft_and_dcft_call_goes_the_plain_way_on_an_unmeasured_gpu(device, monkeypatch):
+    monkeypatch.setenv("SPARSE_RT_BACKEND", "triton")
+    dy, x, scale = (torch.randn(shape, device=device).to(BF16) for shape in ((9, 24), (9, 36), (36,)))
+
+    def reasons():
+        return positions.refusal(dy, x, "2:4", 24, 36), columns.refusal(x, scale.float())
+
+    assert all("has not been measured on this GPU" in reason for reason in reasons())
+    chosen = torch.tensor([0, 5, 700], dtype=torch.int32, device=device)
+    found = positions.gradient(dy, x, positions.Chosen(chosen, "2:4", 24, 36))
+    expected = (dy.double().T @ x.double()).flatten()[chosen.long()]
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
+    with dispatch.forced("positions_grad", "scale_columns"):
+        assert reasons() == (None, None)
 
 
 def test_a_layer_on_an_unmeasured_gpu_stays_as_it_is_stored(monkeypatch):
