@@ -59,8 +59,9 @@ def table(rows: Rows) -> str:
         found = [perplexities(rows, method, base) for base in bases]
         if any(found):
             trained = [row for row in rows if row["kind"] == "run" and row["method"] == method]
-            count = trained[-1].get("trainable_parameters")
-            body.append((name, f"{count:,}" if count else "", *map(cell, found)))
+            counts = sorted({row["trainable_parameters"] for row in trained if "trainable_parameters" in row})
+            shown = " to ".join(f"{count:,}" for count in dict.fromkeys((counts[0], counts[-1]))) if counts else ""
+            body.append((name, shown, *map(cell, found)))
     dense = cell(perplexities(rows, "dense", BASES[0]))
     header = ["method", "trained parameters", *map(title, bases)]
     return f"Dense: {dense}.\n\n{markdown_table(header, body)}"
