@@ -20,7 +20,7 @@ from sparse_rt.errors import BackendError, UserError
 
 logger = logging.getLogger(__name__)
 
-OPS = ("linear", "packed_linear", "linear_t", "values_grad", "decompress", "gather")
+OPS = ("linear", "packed_linear", "linear_t", "values_grad", "decompress", "gather", "experts", "packed_experts")
 FORCE_VARIABLE = "SPARSE_RT_BACKEND"
 
 # Where the backends of the project are registered. Importing them compiles nothing and needs no Triton.
@@ -28,6 +28,7 @@ MODULES = (
     "sparse_rt.kernels.reference",
     "sparse_rt.kernels.native.ops",
     "sparse_rt.kernels.native.packed",
+    "sparse_rt.kernels.native.experts",
     "sparse_rt.kernels.triton.ops",
     "sparse_rt.kernels.triton.packed",
 )

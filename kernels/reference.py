@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sparse_rt.formats import get_format
 from sparse_rt.kernels.backends import register_backend
+from sparse_rt.kernels.experts import add_experts, is_gated
 
 # Rows of dY^T X formed at once by values_grad: the dense gradient of a weight never exists as a whole.
 ROW_BLOCK = 256
@@ -46,3 +47,35 @@ def values_grad(dy: Tensor, x: Tensor, metadata: Tensor, pattern: str, m: int, n
         rows = slice(start, start + ROW_BLOCK)
         blocks.append((dy[:, rows].T @ x)[mask[rows]].to(values_like.dtype))
     return torch.cat(blocks).view(values_like.shape) if blocks else torch.empty_like(values_like)
+
+
+@register_backend("experts", name="reference", priority=0)
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    up_values: Tensor,
+    up_metadata: Tensor,
+    down_values: Tensor,
+    down_metadata: Tensor,
+    up_pattern: str,
+    down_pattern: str,
+    experts: int,
+    intermediate: int,
+    activation: str,
+) -> Tensor:
+    """One chosen expert after the other is decompressed, used and forgotten; waits for the device to know them."""
+    hidden, rows = x.shape[-1], intermediate * (2 if is_gated(activation) else 1)
+
+    def multiply(pattern: str, values: Tensor, metadata: Tensor, m: int, n: int):
+        fmt, total = get_format(pattern), experts * m
+
+        def one(expert: int, x: Tensor) -> Tensor:
+            piece = fmt.select_rows(values, metadata, total, n, expert * m, (expert + 1) * m)
+            return torch.nn.functional.linear(x, decompress(piece[0].to(x.dtype), piece[1], pattern, m, n))
+
+        return one
+
+    project = multiply(up_pattern, up_values, up_metadata, rows, hidden)
+    project_back = multiply(down_pattern, down_values, down_metadata, hidden, intermediate)
+    return add_experts(x, weights, ids, project, project_back, activation)

@@ -49,7 +49,7 @@ def choices(device: str) -> list[dict[str, Any]]:
     rows = []
     for op in OPS:
         for pattern in ("2:4", "unstructured", "4:8"):
-            phases = TOKENS if op in ("linear", "packed_linear", "linear_t", "values_grad") else {"any": 0}
+            phases = {"any": 0} if op in ("decompress", "gather") else TOKENS
             for phase, tokens in phases.items():
                 call = Call(op, pattern, *SHAPE, tokens, torch.bfloat16, device)
                 choice = explain(call, os.environ.get(FORCE_VARIABLE) or None)
