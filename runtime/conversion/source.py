@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.checkpoint import QUANT_METHOD, SourceCheckpoint, read_json, resolve_model
-from sparse_rt.conversion.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
+from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
 from sparse_rt.errors import FormatError, UserError
 
 # Where config.json may describe how its weights are stored; the last two are older names of compressed-tensors.

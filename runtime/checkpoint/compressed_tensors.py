@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rt.checkpoint import SourceCheckpoint
+from sparse_rt.checkpoint.reader import SourceCheckpoint
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import VALUE_DTYPES
 from sparse_rt.formats.packing import row_counts, unpack_bits
