@@ -48,31 +48,36 @@ _COMMON = dict(
 )
 
 
+# What a family has beside _COMMON; sizes that all its members have, and the things that only it has.
+_FAMILIES = {
+    "llama": ("LlamaConfig", {}),
+    "mistral": ("MistralConfig", {}),
+    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3Config", dict(tie_word_embeddings=True, head_dim=16)),
+    "gemma2": (
+        "Gemma2Config",
+        dict(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
+    ),
+    "phi3": ("Phi3Config", {}),
+    "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)),
+}
+
+
 def _config(family: str, **overrides):
     import transformers
 
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     if family == "opt":
         fields = dict(vocab_size=4096, hidden_size=64, ffn_dim=160, num_hidden_layers=2, num_attention_heads=4)
-        fields |= dict(
-            max_position_embeddings=256, word_embed_proj_dim=64, pad_token_id=0, bos_token_id=0, eos_token_id=0
-        )
-        return transformers.OPTConfig(**{**fields, **overrides})
-    fields = dict(_COMMON)
-    if family == "qwen2":
-        fields["tie_word_embeddings"] = True
-    if family == "qwen3":
-        fields |= dict(tie_word_embeddings=True, head_dim=16)
-    cls = {
-        "llama": transformers.LlamaConfig,
-        "mistral": transformers.MistralConfig,
-        "qwen2": transformers.Qwen2Config,
-        "qwen3": transformers.Qwen3Config,
-    }[family]
-    return cls(**{**fields, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, **overrides})
+        fields |= dict(max_position_embeddings=256, word_embed_proj_dim=64)
+        return transformers.OPTConfig(**{**fields, **special, **overrides})
+    name, own = _FAMILIES[family]
+    return getattr(transformers, name)(**{**_COMMON, **own, **special, **overrides})
 
 
 def tiny_model(folder: Path, family: str = "llama", dtype=torch.bfloat16, seed: int = 0, **overrides) -> Path:
-    """Save a small random model of ``family`` (llama, mistral, qwen2, qwen3, opt) with the shipped tokenizer."""
+    """Save a small random model of ``family`` (opt, or a key of ``_FAMILIES``) with the shipped tokenizer."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -80,6 +85,9 @@ def tiny_model(folder: Path, family: str = "llama", dtype=torch.bfloat16, seed: 
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts biases at zero, which would hide a lost bias
             torch.nn.init.normal_(parameter, std=0.05)
+    if family == "gemma2":  # its embeddings are multiplied by sqrt(hidden): next to nothing else would be heard
+        with torch.no_grad():
+            model.get_input_embeddings().weight *= 0.1
     model.to(dtype).save_pretrained(folder)
     for name in TOKENIZER_FILES:
         source = assets.model_dir() / name
@@ -92,7 +100,13 @@ def tiny_llama(folder: Path, **overrides) -> Path:
     return tiny_model(folder, "llama", **overrides)
 
 
-def compress_folder(source: Path, output: Path, pattern: str, sparsity: float = 0.5, ignore=("lm_head",)) -> Path:
+# Linear modules whose names do not end in _proj: of OPT, and the experts of Mixtral.
+LINEARS = ("fc1", "fc2", "w1", "w2", "w3")
+
+
+def compress_folder(
+    source: Path, output: Path, pattern: str, sparsity: float = 0.5, ignore=("lm_head", "gate")
+) -> Path:
     """A sparse-rt folder of ``source`` by magnitude, without the convert workflow."""
     dense = SourceCheckpoint.open(source)
     fmt = get_format(pattern)
@@ -104,7 +118,7 @@ def compress_folder(source: Path, output: Path, pattern: str, sparsity: float = 
         for name in dense.tensors:
             tensor = dense.load(name)
             module = name.removesuffix(".weight")
-            if not name.endswith("_proj.weight") and not name.endswith(("fc1.weight", "fc2.weight")):
+            if name.split(".")[-2] not in LINEARS and not name.endswith("_proj.weight"):
                 writer.add(name, tensor)
                 continue
             weight = normalize_zeros(tensor)

@@ -2,30 +2,49 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from vllm import envs
 from vllm.config import get_current_vllm_config_or_none
-from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.linear import (
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.vllm.loading import LayerWeight, Shard
+from sparse_rt.exporters.vllm.encodings import DENSE, DENSE_NAME, TENSOR_NAMES
+from sparse_rt.exporters.vllm.loading import LayerWeight, Shard, StoredWeight
 from sparse_rt.exporters.vllm.parameters import ForbiddenParameter, SparseParameter, layer_loader
-from sparse_rt.formats import VALUES_NAME, get_format
+from sparse_rt.formats import VALUES_NAME
 from sparse_rt.kernels import packed
 
+# A weight that is less sparse than this takes as much memory and time as a dense one: where the folder does not say
+# what is sparse, it stays dense.
+LEAST_SPARSITY = 0.15
 
-@dataclass(frozen=True)
-class StoredWeight:
-    """One compressed weight of the folder that a layer reads: its name, pattern and sparsity."""
 
-    name: str
-    pattern: str
-    sparsity: float
+def average_sparsity(stored: Iterable[StoredWeight]) -> float:
+    return statistics.fmean(weight.sparsity for weight in stored)
+
+
+def is_dummy() -> bool:
+    """Whether the weights of the model that is being built are to be made up (``load_format=dummy``)."""
+    config = get_current_vllm_config_or_none()
+    return config is not None and config.load_config.load_format == "dummy"
+
+
+def refuse_batch_invariance() -> None:
+    if envs.VLLM_BATCH_INVARIANT:
+        raise UserError(
+            "sparse_rt: VLLM_BATCH_INVARIANT is set, but compressed layers choose their kernel by the number of "
+            "tokens; unset it, or serve the model exported with --to dense"
+        )
 
 
 # vLLM chooses the loader with ranks and shards by the *name* of this class; a subclass needs the decorator again.
@@ -52,29 +71,26 @@ class SparseRTLinearMethod(LinearMethodBase):
         **extra_weight_attrs,
     ) -> None:
         """Register zero-element placeholders; ``UserError`` when the cut of this rank would split N:M groups."""
-        if envs.VLLM_BATCH_INVARIANT:
-            raise UserError(
-                "sparse_rt: VLLM_BATCH_INVARIANT is set, but compressed layers choose their kernel by the number of "
-                "tokens; unset it, or serve the model exported with --to dense"
-            )
-        config = get_current_vllm_config_or_none()
-        self.dummy = config is not None and config.load_config.load_format == "dummy"
+        refuse_batch_invariance()
+        self.dummy = is_dummy()
         shards = self._shards(output_partition_sizes)
-        anchor = torch.empty(0, dtype=params_dtype)
-        weight = LayerWeight(self.name, shards, input_size_per_partition, params_dtype, anchor.device)
+        device = torch.empty(0).device
+        weight = LayerWeight(self.name, shards, input_size_per_partition, params_dtype, device)
         loader = layer_loader(layer, extra_weight_attrs["weight_loader"])
-        suffixes = dict.fromkeys(s for shard in shards for s in get_format(shard.pattern).tensor_names)
-        for suffix in (*suffixes, *({"weight_meta", "weight_bitmask"} - suffixes.keys())):
-            data = anchor if suffix == VALUES_NAME else torch.empty(0, dtype=torch.uint8)
-            placeholder = SparseParameter(data=data, weight_loader=loader, weight=weight, suffix=suffix)
+        wanted = {suffix for shard in shards for suffix in shard.tensor_names}
+        for suffix in TENSOR_NAMES:
+            data = torch.empty(0, dtype=params_dtype if suffix in (VALUES_NAME, DENSE_NAME) else torch.uint8)
+            if suffix == DENSE_NAME and suffix not in wanted:
+                placeholder = ForbiddenParameter(data=data, layer_name=self.name)
+            else:
+                placeholder = SparseParameter(data=data, weight_loader=loader, weight=weight, suffix=suffix)
             layer.register_parameter(suffix, placeholder)
-        forbidden = ForbiddenParameter(data=torch.empty(0, dtype=params_dtype), layer_name=self.name)
-        layer.register_parameter("weight", forbidden)
         layer.sparse_weight = weight
 
     def _shards(self, sizes: list[int]) -> list[Shard]:
         if len(sizes) == len(self.stored):
-            return [Shard(w.name, w.pattern, rows) for w, rows in zip(self.stored, sizes, strict=True)]
+            pairs = zip(self.stored, sizes, strict=True)
+            return [Shard(weight.name, weight.pattern, rows, weight.encoding) for weight, rows in pairs]
         patterns = {weight.pattern for weight in self.stored}
         if len(patterns) > 1:
             raise UserError(
@@ -83,7 +99,7 @@ class SparseRTLinearMethod(LinearMethodBase):
             )
         # Joined in the folder already (Phi-3): every part lies in the same stored weight.
         name = self.stored[0].name if len(self.stored) == 1 else self.name
-        return [Shard(name, self.stored[0].pattern, rows) for rows in sizes]
+        return [Shard(name, self.stored[0].pattern, rows, self.stored[0].encoding) for rows in sizes]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Join the shards, derive the layout that is multiplied with and drop the canonical tensors.
@@ -92,11 +108,13 @@ class SparseRTLinearMethod(LinearMethodBase):
         """
         weight: LayerWeight = layer.sparse_weight
         if self.dummy:
-            weight.fill(sum(w.sparsity for w in self.stored) / len(self.stored))
+            weight.fill(average_sparsity(self.stored))
         values, metadata = weight.finish()
         self._remove_placeholders(layer)
         shape = weight.format.pattern, weight.m, weight.columns
         sparsity = 1 - values.numel() / (weight.m * weight.columns)
+        if sparsity < LEAST_SPARSITY and all(stored.encoding is DENSE for stored in self.stored):
+            return self._stay_dense(layer, weight.format.decompress(values, metadata, *shape[1:]))
         reason = packed.refusal(*shape, values.dtype, values.device.type, sparsity)
         layer.sparse_shape, layer.is_packed = shape, reason is None
         if layer.is_packed:
@@ -104,6 +122,14 @@ class SparseRTLinearMethod(LinearMethodBase):
             return
         layer.weight_packed = Parameter(values, requires_grad=False)
         layer.weight_metadata = Parameter(metadata, requires_grad=False)
+
+    @staticmethod
+    def _stay_dense(layer: torch.nn.Module, weight: Tensor) -> None:
+        """What turned out not to be sparse runs as vLLM runs it without us."""
+        is_head = isinstance(layer, ParallelLMHead)
+        layer.quant_method = UnquantizedEmbeddingMethod() if is_head else UnquantizedLinearMethod()
+        layer.weight = Parameter(weight, requires_grad=False)
+        layer.quant_method.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x [..., n] -> [..., m]: one custom op, so that torch.compile and CUDA graphs see no Python of ours."""

@@ -1,20 +1,22 @@
 """From the tensors of a folder to the compressed weight that one tensor-parallel rank keeps.
 
 A vLLM layer joins one or more stored weights (q, k and v; gate and up): its *shards*. Values are ragged, so a rank's
-part is not a slice of a tensor: the two tensors of a stored weight are held until both are there, checked, cut by rows
-or columns through the format, and only the rank's compressed piece is kept. Nothing here knows vLLM.
+part is not a slice of a tensor: the tensors of a stored weight are held until all are there, checked, cut by rows or
+columns through the format, and only the rank's compressed piece is kept. Nothing here knows vLLM.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, Format, check_finite, get_format
+from sparse_rt.exporters.vllm.encodings import CANONICAL, UNSTRUCTURED, Encoding, Piece
+from sparse_rt.formats import VALUES_NAME, Format, check_finite, get_format
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +26,30 @@ _warned_casts: set[tuple[torch.dtype, torch.dtype]] = set()
 
 
 @dataclass(frozen=True)
+class StoredWeight:
+    """One compressed weight of the folder: its name there, its pattern and sparsity, and how it is stored.
+
+    What is compressed while it is loaded has no pattern yet: "unstructured" stands for any.
+    """
+
+    name: str
+    pattern: str
+    sparsity: float
+    encoding: Encoding = CANONICAL
+
+
+@dataclass(frozen=True)
 class Shard:
     """One stored weight of a layer: its name in the folder, its pattern, and the rows that this rank keeps of it."""
 
     name: str
     pattern: str
     rows: int
+    encoding: Encoding = CANONICAL
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        return self.encoding.tensor_names(self.pattern)
 
 
 @dataclass(frozen=True)
@@ -43,16 +63,17 @@ class Cut:
 
 
 class LayerWeight:
-    """Collects the tensors of one layer's shards and joins the rank's pieces: (m, n) = (sum of rows, ``columns``)."""
+    """Collects the tensors of one layer's shards and joins the rank's pieces: (m, n) = (sum of rows, ``columns``).
+
+    ``format`` is that of the joined weight; where the data decides (``DENSE``), only once it is finished.
+    """
 
     def __init__(self, name: str, shards: list[Shard], columns: int, dtype: torch.dtype, device: torch.device):
         self.name, self.shards, self.columns, self.dtype, self.device = name, shards, columns, dtype, device
-        patterns = {shard.pattern for shard in shards}
-        # Shards of different patterns are joined as a bitmask, which can say what every other pattern says.
-        self.format: Format = get_format(patterns.pop() if len(patterns) == 1 else "unstructured")
+        self.format = common_format(get_format(shard.pattern) for shard in shards)
         self.finished = False
         self._staged: dict[tuple[int, ...], dict[str, Tensor]] = {}
-        self._pieces: dict[int, tuple[Tensor, Tensor]] = {}
+        self._pieces: dict[int, Piece] = {}
         for shard in shards:
             refusal = get_format(shard.pattern).refuse_shape(shard.rows, columns)
             if refusal:
@@ -88,7 +109,7 @@ class LayerWeight:
             )
         keys = tuple(cuts)
         shard = self.shards[keys[0]]
-        names = get_format(shard.pattern).tensor_names
+        names = shard.tensor_names
         if suffix not in names:
             raise FormatError(
                 f"sparse_rt: unexpected tensor {shard.name}.{suffix} in layer {self.name}: config.json says "
@@ -97,43 +118,29 @@ class LayerWeight:
         staged = self._staged.setdefault(keys, {})
         if suffix in staged or any(key in self._pieces for key in keys):
             raise FormatError(f"sparse_rt: tensor {shard.name}.{suffix} of layer {self.name} was loaded twice")
-        # A copy: some loaders of vLLM reuse the buffer for the next tensor.
-        staged[suffix] = tensor.to(self.device, copy=True)
+        # A copy where it has to wait: some loaders of vLLM reuse the buffer for the next tensor.
+        staged[suffix] = tensor.to(self.device, copy=len(names) > 1)
         if len(staged) == len(names):
             del self._staged[keys]
-            self._take(shard.name, *(staged[name] for name in names), cuts)
+            self._take(shard, {name: staged[name] for name in names}, cuts)
 
-    def _take(self, name: str, values: Tensor, metadata: Tensor, cuts: dict[int, Cut]) -> None:
-        fmt = get_format(self.shards[next(iter(cuts))].pattern)
+    def _take(self, shard: Shard, tensors: dict[str, Tensor], cuts: dict[int, Cut]) -> None:
         m, n = sum(cut.m for cut in cuts.values()), next(iter(cuts.values())).n
-        label = f"sparse_rt: {name}"
-        if values.dtype not in VALUE_DTYPES or metadata.dtype != torch.uint8:
-            raise FormatError(
-                f"{label}: values are {values.dtype} and metadata {metadata.dtype}; allowed are "
-                f"{', '.join(str(dtype) for dtype in VALUE_DTYPES)} and torch.uint8"
-            )
-        fmt.check_header(label, values.shape, metadata.shape, m, n)
-        fmt.check_data(label, values, metadata, m, n)
-        values = self._cast(name, values)
+        weight = shard.encoding.open(f"sparse_rt: {shard.name}", shard.pattern, tensors, m, n)
         above = 0
         for key, cut in cuts.items():
             rows = range(above + cut.rows.start, above + cut.rows.stop)
-            self._pieces[key] = self._cut(fmt, values, metadata, m, n, rows, cut.columns, self.shards[key])
+            fmt, values, metadata = weight.cut(rows, cut.columns)
+            self._keep(key, len(rows), fmt, self._cast(shard.name, values), metadata)
             above += cut.m
 
-    def _cut(self, fmt, values, metadata, m, n, rows, columns, shard) -> tuple[Tensor, Tensor]:
-        if len(rows) != m:
-            values, metadata = fmt.select_rows(values, metadata, m, n, rows.start, rows.stop)
-        if len(columns) != n:
-            values, metadata = fmt.select_columns(values, metadata, len(rows), n, columns.start, columns.stop)
-        if len(rows) < shard.rows:
-            empty = values.new_zeros(shard.rows - len(rows), len(columns))
-            padding = (*fmt.compress(empty, fmt.mask_of(empty)), len(empty))
-            values, metadata = fmt.concat_rows([(values, metadata, len(rows)), padding], len(columns))
-        if fmt != self.format:
-            mask = fmt.unpack_mask(metadata, shard.rows, len(columns))
-            values, metadata = values.flatten(), self.format.pack_mask(mask)
-        return values, metadata
+    def _keep(self, key: int, rows: int, fmt: Format, values: Tensor, metadata: Tensor) -> None:
+        missing = self.shards[key].rows - rows
+        if missing:
+            empty = values.new_zeros(missing, self.columns)
+            padding = (*fmt.compress(empty, fmt.mask_of(empty)), missing)
+            values, metadata = fmt.concat_rows([(values, metadata, rows), padding], self.columns)
+        self._pieces[key] = fmt, values, metadata
 
     def _cast(self, name: str, values: Tensor) -> Tensor:
         """Values in the dtype of the model; the mask stays as it is, also where a value becomes 0."""
@@ -160,9 +167,7 @@ class LayerWeight:
             scores = torch.rand((shard.rows, self.columns), generator=generator, device="cpu")
             weight = ((scores - 0.5) * DUMMY_SCALE).to(self.dtype)
             values, metadata = fmt.compress(weight, fmt.mask_from_scores(scores, sparsity))
-            whole = range(shard.rows), range(self.columns)
-            piece = self._cut(fmt, values, metadata, shard.rows, self.columns, *whole, shard)
-            self._pieces[key] = tuple(tensor.to(self.device) for tensor in piece)
+            self._pieces[key] = fmt, values.to(self.device), metadata.to(self.device)
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """(values, metadata) of the joined weight; ``FormatError`` names every tensor that never came."""
@@ -174,7 +179,11 @@ class LayerWeight:
                 f"sparse_rt: layer {self.name} is incomplete, missing {', '.join(missing)}; "
                 "check the folder with `sparse-rt verify` and copy or convert it again"
             )
-        pieces = [(*self._pieces[key], shard.rows) for key, shard in enumerate(self.shards)]
+        self.format = common_format(piece[0] for piece in self._pieces.values())
+        pieces = [
+            (*in_format(self.format, *self._pieces[key], shard.rows, self.columns), shard.rows)
+            for key, shard in enumerate(self.shards)
+        ]
         self.finished, self._pieces, self._staged = True, {}, {}
         return pieces[0][:2] if len(pieces) == 1 else self.format.concat_rows(pieces, self.columns)
 
@@ -185,7 +194,18 @@ class LayerWeight:
                 f"{shard.name}.{suffix} (shard {key})" if len(self.shards) > 1 else f"{shard.name}.{suffix}"
                 for key, shard in enumerate(self.shards)
                 if key not in self._pieces
-                for suffix in get_format(shard.pattern).tensor_names
+                for suffix in shard.tensor_names
                 if suffix not in found.get(key, {})
             )
         )
+
+
+def common_format(formats: Iterable[Format]) -> Format:
+    """The format in which weights are joined: a bitmask can say what every other format says."""
+    found = set(formats)
+    return found.pop() if len(found) == 1 else get_format(UNSTRUCTURED)
+
+
+def in_format(fmt: Format, own: Format, values: Tensor, metadata: Tensor, m: int, n: int) -> tuple[Tensor, Tensor]:
+    """(values, metadata) of an (m, n) weight of format ``own`` as ``fmt``, one that can say the same."""
+    return (values, metadata) if fmt == own else (values.flatten(), fmt.pack_mask(own.unpack_mask(metadata, m, n)))

@@ -20,6 +20,9 @@ def register() -> None:
     try:
         import vllm
 
+        from sparse_rt.exporters.vllm import failures
+
+        failures.watch()
         note = version_note(vllm.__version__)
         if note:
             logger.warning("%s", note)

@@ -21,6 +21,7 @@ from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
 from sparse_rt.checkpoint import SparseConfig
 from sparse_rt.exporters.vllm.config import SparseRTConfig
+from sparse_rt.exporters.vllm.folders import SparseFolder
 from sparse_rt.exporters.vllm.linear_method import SparseRTLinearMethod
 
 HEADS, KV_HEADS, HEAD_SIZE, COLUMNS, VOCABULARY = 8, 2, 4, 32, 100
@@ -43,7 +44,7 @@ def ranks(monkeypatch):
 
 def config(pattern, ignore=(), overrides=None):
     described = {name: {"pattern": other} for name, other in (overrides or {}).items()}
-    made = SparseRTConfig(SparseConfig(pattern=pattern, ignore=list(ignore), overrides=described))
+    made = SparseRTConfig(SparseFolder(SparseConfig(pattern=pattern, ignore=list(ignore), overrides=described)))
     made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     return made
 
@@ -88,7 +89,7 @@ def build(kind, pattern):
     if kind == "replicated":
         layer = linear.ReplicatedLinear(COLUMNS, 24, prefix="m.gate", **options)
         return layer, [((), 24)], lambda key, weight, rank, size: weight
-    options["quant_config"].stored = {"lm_head": 0.5}
+    options["quant_config"].folder.sparsities = {"lm_head": 0.5}
     head = vocab_parallel_embedding.ParallelLMHead(VOCABULARY, COLUMNS, prefix="lm_head", **options)
     return head, [((), VOCABULARY)], vocabulary_rows
 
@@ -176,7 +177,7 @@ def test_joined_layers_need_all_members_compressed_or_none(ranks):
         options = dict(bias=False, quant_config=config("2:4", ignore), prefix="m.self_attn.qkv_proj")
         return linear.QKVParallelLinear(COLUMNS, HEAD_SIZE, HEADS, KV_HEADS, **options)
 
-    with pytest.raises(UserError, match=r"joins m.self_attn.q_proj, .* leaves m.self_attn.v_proj dense"):
+    with pytest.raises(UserError, match=r"joins m.self_attn.q_proj, .* m.self_attn.v_proj is stored dense"):
         build(["v_proj"])
     assert isinstance(build(["q_proj", "k_proj", "v_proj"]).quant_method, linear.UnquantizedLinearMethod)
     assert isinstance(build(["re:.*mlp.*"]).quant_method, SparseRTLinearMethod)
@@ -216,23 +217,10 @@ def test_a_tied_head_shares_the_embedding(ranks):
 
 def test_embeddings_and_uncompressed_heads_stay_as_they_are(ranks):
     made = config("2:4")
-    made.stored = {"model.layers.0.mlp.up_proj": 0.5}
+    made.folder.sparsities = {"model.layers.0.mlp.up_proj": 0.5}
     for cls in (vocab_parallel_embedding.VocabParallelEmbedding, vocab_parallel_embedding.ParallelLMHead):
         layer = cls(VOCABULARY, COLUMNS, quant_config=made, prefix="lm_head")
         assert isinstance(layer.quant_method, vocab_parallel_embedding.UnquantizedEmbeddingMethod)
-
-
-def test_compressed_experts_are_refused_and_dense_ones_left_alone(ranks):
-    from vllm.model_executor.layers.fused_moe import RoutedExperts
-
-    experts = RoutedExperts.__new__(RoutedExperts)  # only its class is asked for
-    made = config("2:4", ignore=["re:.*experts.*"])
-    assert made.get_quant_method(experts, "m.mlp.experts") is None
-    made.stored = {"m.mlp.experts.3.up_proj": 0.5}
-    with pytest.raises(FormatError, match=r"experts of m.mlp.experts are compressed.*--ignore"):
-        made.get_quant_method(experts, "m.mlp.experts")
-    with pytest.raises(FormatError, match="experts"):  # a hub model whose headers are not here yet
-        config("2:4").get_quant_method(experts, "m.mlp.experts")
 
 
 def test_patterns_follow_the_renamings_of_the_model_class(ranks):
@@ -247,8 +235,3 @@ def test_patterns_follow_the_renamings_of_the_model_class(ranks):
     )
     assert isinstance(dense.quant_method, linear.UnquantizedLinearMethod)
     assert isinstance(sparse.quant_method, SparseRTLinearMethod)
-
-
-def test_the_method_cannot_be_asked_for_by_flag_on_a_dense_model():
-    with pytest.raises(UserError, match="sparse-rt convert"):
-        SparseRTConfig()

@@ -1,0 +1,143 @@
+"""The three kinds of folders that the plugin serves, and what each says about a weight. Nothing here knows vLLM.
+
+SparseFolder              made by `sparse-rt convert`
+CompressedTensorsFolder   sparse-bitmask or sparse-24-bitmask, which vLLM itself has refused since 2026
+DenseFolder               pruned but stored dense: `--quantization sparse_rt` compresses it while it is loaded
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from sparse_rt.checkpoint import QUANT_METHOD, Checkpoint, SourceCheckpoint, SparseConfig, matches
+from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
+from sparse_rt.exporters.vllm.encodings import BITMASK, BITMASK_NAME, CANONICAL, DENSE, TWO_FOUR, UNSTRUCTURED
+from sparse_rt.exporters.vllm.loading import StoredWeight
+from sparse_rt.formats import VALUES_NAME, get_format
+
+# Sparsity of dummy weights when no header says it.
+DEFAULT_SPARSITY = 0.5
+
+
+class ServedFolder(ABC):
+    """What a folder says about its weights, by the names that the modules have there.
+
+    ``sparsities`` (of the compressed weights), ``shapes`` (of all matrices) and ``names`` are known once the headers
+    were read: None or empty for a hub model, whose files may not be on this machine yet.
+    """
+
+    # Endings of tensor names -> what the placeholders of a layer are called; None: not needed.
+    renamed: dict[str, str | None] = {}
+
+    def __init__(self) -> None:
+        self.sparsities: dict[str, float] | None = None
+        self.shapes: dict[str, tuple[int, int]] = {}
+
+    @abstractmethod
+    def read(self, folder: Path) -> None:
+        """Read and check the headers; ``FormatError`` for missing, extra and truncated tensors."""
+
+    @abstractmethod
+    def weight(self, name: str) -> StoredWeight | None:
+        """The compressed weight of module ``name``, None when it is stored and served dense."""
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def _shape_dense(self, names: list[str], tensors: dict[str, Any]) -> None:
+        for name in names:
+            if name.endswith(".weight") and len(tensors[name].shape) == 2:
+                self.shapes[name.removesuffix(".weight")] = tuple(tensors[name].shape)
+
+
+class SparseFolder(ServedFolder):
+    def __init__(self, sparse: SparseConfig):
+        super().__init__()
+        self.sparse = sparse
+
+    def __repr__(self) -> str:
+        return f"pattern={self.sparse.pattern!r}, ignore={self.sparse.ignore}"
+
+    def read(self, folder: Path) -> None:
+        checkpoint = Checkpoint.open(folder)
+        self.sparsities = {name: weight.sparsity for name, weight in checkpoint.weights.items()}
+        self.shapes = {name: (weight.m, weight.n) for name, weight in checkpoint.weights.items()}
+        self._shape_dense(checkpoint.dense_tensors(), checkpoint.tensors)
+
+    def weight(self, name: str) -> StoredWeight | None:
+        pattern = self.sparse.pattern_for(name)
+        if pattern is None:
+            return None
+        default = get_format(pattern).default_sparsity or DEFAULT_SPARSITY
+        return StoredWeight(name, pattern, (self.sparsities or {}).get(name, default), CANONICAL)
+
+
+class CompressedTensorsFolder(ServedFolder):
+    """``stored`` is the quantization_config of config.json."""
+
+    renamed = {
+        f"{prefix}.{part}": new and f".{new}"
+        for prefix in (".weight", "")
+        for part, new in (
+            ("compressed", VALUES_NAME),
+            ("bitmask", BITMASK_NAME),
+            ("shape", None),
+            ("row_offsets", None),
+        )
+    }
+
+    def __init__(self, stored: dict[str, Any]):
+        super().__init__()
+        sparsity = stored.get("sparsity_config") or {}
+        self.format, self.ignore = sparsity.get("format"), list(sparsity.get("ignore") or [])
+        self.pattern = TWO_FOUR if self.format == "sparse-24-bitmask" else UNSTRUCTURED
+
+    def __repr__(self) -> str:
+        return f"compressed-tensors {self.format}, ignore={self.ignore}"
+
+    @staticmethod
+    def describes(stored: dict[str, Any]) -> bool:
+        """Whether a quantization_config is that of such a folder; ``UserError`` where it is quantized as well."""
+        return is_sparse_format(sparsity_format({"quantization_config": stored}))
+
+    def read(self, folder: Path) -> None:
+        checkpoint = SourceCheckpoint.open(folder)
+        compressed = CompressedTensors(checkpoint)
+        found = {name.removesuffix(".weight"): weight for name, weight in compressed.weights.items()}
+        self.sparsities = {name: 1 - w.nnz / (w.shape[0] * w.shape[-1]) for name, w in found.items()}
+        self.shapes = {name: (weight.shape[0], weight.shape[-1]) for name, weight in found.items()}
+        self._shape_dense([n for n in checkpoint.tensors if n not in compressed.parts], checkpoint.tensors)
+
+    def weight(self, name: str) -> StoredWeight | None:
+        if self.sparsities is not None:
+            dense = name not in self.sparsities
+        else:
+            dense = any(matches(name, pattern) for pattern in self.ignore)
+        return None if dense else StoredWeight(name, self.pattern, self._sparsity(name), BITMASK)
+
+    def _sparsity(self, name: str) -> float:
+        return (self.sparsities or {}).get(name, DEFAULT_SPARSITY)
+
+
+class DenseFolder(ServedFolder):
+    """Every linear weight is looked at; what turns out to be dense is served dense."""
+
+    def __repr__(self) -> str:
+        return "compressed while loading"
+
+    def read(self, folder: Path) -> None:
+        checkpoint = SourceCheckpoint.open(folder)
+        self._shape_dense(list(checkpoint.tensors), checkpoint.tensors)
+
+    def weight(self, name: str) -> StoredWeight | None:
+        return StoredWeight(name, UNSTRUCTURED, DEFAULT_SPARSITY, DENSE)
+
+
+def open_description(config: dict[str, Any]) -> ServedFolder:
+    """The kind of folder whose config.json holds this quantization_config; ``FormatError`` for an unknown key."""
+    if config.get("quant_method") == QUANT_METHOD:
+        return SparseFolder(SparseConfig.from_dict(config))
+    return CompressedTensorsFolder(config)
