@@ -6,8 +6,10 @@ import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from sparse_rt.errors import FormatError
 
@@ -29,6 +31,17 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
+
+
+Size = Annotated[int, Field(ge=0, strict=True)]
+
+
+class _Described(BaseModel):
+    """What a header says about one tensor."""
+
+    dtype: str
+    shape: list[Size]
+    data_offsets: tuple[Size, Size]
 
 
 @dataclass(frozen=True)
@@ -58,9 +71,12 @@ class Header:
         if text is None:
             return None
         try:
-            return json.loads(text)
-        except json.JSONDecodeError as error:
+            described = json.loads(text)
+        except (json.JSONDecodeError, TypeError) as error:
             raise FormatError(f"{self.file.name}: header metadata {METADATA_KEY!r} is not JSON ({error})") from error
+        if not isinstance(described, dict) or not isinstance(described.get("weights", {}), dict):
+            raise FormatError(f"{self.file.name}: header metadata {METADATA_KEY!r} is damaged; copy the file again")
+        return described
 
 
 def read_header(path: str | Path) -> Header:
@@ -76,21 +92,32 @@ def read_header(path: str | Path) -> Header:
             entries = json.loads(file.read(length))
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise FormatError(f"{path.name}: the safetensors header is damaged ({error})") from error
-    metadata = entries.pop("__metadata__", {})
-    tensors = {}
-    for name, entry in entries.items():
-        begin, end = entry["data_offsets"]
-        if 8 + length + end > size:
-            raise FormatError(
-                f"{path.name}: truncated: tensor {name} ends at byte {8 + length + end}, the file has {size}; "
-                "copy it again"
-            )
-        if entry["dtype"] not in DTYPES:
-            raise FormatError(f"{path.name}: tensor {name} has the unknown dtype {entry['dtype']!r}")
-        tensors[name] = TensorEntry(path, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        if tensors[name].nbytes != end - begin:
-            raise FormatError(
-                f"{path.name}: tensor {name} of shape {tensors[name].shape} needs {tensors[name].nbytes} bytes, "
-                f"the file holds {end - begin}"
-            )
+    metadata = entries.pop("__metadata__", {}) if isinstance(entries, dict) else None
+    if not isinstance(metadata, dict):
+        raise FormatError(f"{path.name}: the safetensors header is damaged (no table of tensors and texts)")
+    tensors = {name: _entry(path, name, found, 8 + length, size) for name, found in entries.items()}
     return Header(path, tensors, metadata)
+
+
+def _entry(path: Path, name: str, found: object, start: int, size: int) -> TensorEntry:
+    """The entry of tensor ``name`` in a file of ``size`` bytes whose data begin at byte ``start``."""
+    try:
+        described = _Described.model_validate(found)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "entry"
+        raise FormatError(f"{path.name}: header of tensor {name}: {where}: {problem['msg']}; copy it again") from error
+    begin, end = described.data_offsets
+    if start + end > size:
+        raise FormatError(
+            f"{path.name}: truncated: tensor {name} ends at byte {start + end}, the file has {size}; copy it again"
+        )
+    if described.dtype not in DTYPES:
+        raise FormatError(f"{path.name}: tensor {name} has the unknown dtype {described.dtype!r}")
+    entry = TensorEntry(path, DTYPES[described.dtype], tuple(described.shape))
+    if entry.nbytes != end - begin:
+        raise FormatError(
+            f"{path.name}: tensor {name} of shape {entry.shape} needs {entry.nbytes} bytes, the file holds "
+            f"{end - begin}; copy it again"
+        )
+    return entry

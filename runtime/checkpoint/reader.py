@@ -94,6 +94,8 @@ class ModelFolder:
         if index is None:
             return cls(folder, [read_header(file) for file in _loose_files(folder)], config)
         weight_map = read_json(index).get("weight_map", {})
+        if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+            raise FormatError(f"{index}: weight_map names no file for every tensor; copy the model again")
         files = sorted(set(weight_map.values()))
         missing = [name for name in files if not (folder / name).is_file()]
         if missing:
@@ -156,10 +158,12 @@ class Checkpoint(ModelFolder):
             if version != FORMAT_VERSION:
                 raise FormatError(f"{header.file.name}: format_version {version!r}, this build reads {FORMAT_VERSION}")
             for name, described in sparse.get("weights", {}).items():
+                if not isinstance(described, dict) or not _is_matrix(described.get("shape")):
+                    raise FormatError(f"{header.file.name}: weight {name} is described without pattern and shape")
                 self.weights[name] = self._entry(header.file.name, name, described)
 
     def _entry(self, file: str, name: str, described: dict[str, Any]) -> WeightEntry:
-        pattern, (m, n) = described.get("pattern"), described.get("shape", (0, 0))
+        pattern, (m, n) = described.get("pattern"), described["shape"]
         try:
             fmt = get_format(pattern)
         except UserError as error:
@@ -216,9 +220,16 @@ class Checkpoint(ModelFolder):
         return [name for name in self.tensors if name not in compressed]
 
 
+def _is_matrix(shape: Any) -> bool:
+    return isinstance(shape, list) and len(shape) == 2 and all(type(size) is int and size > 0 for size in shape)
+
+
 def is_sparse_checkpoint(folder: str | Path) -> bool:
     """Whether ``folder`` is a local model whose config.json routes to sparse-rt."""
     config = Path(folder) / "config.json"
     if not config.is_file():
         return False
-    return (read_json(config).get("quantization_config") or {}).get("quant_method") == "sparse_rt"
+    described = read_json(config).get("quantization_config") or {}
+    if not isinstance(described, dict):
+        raise FormatError(f"{config}: quantization_config is {described!r}; expected a JSON object")
+    return described.get("quant_method") == "sparse_rt"

@@ -98,9 +98,10 @@ def _is_fused(structure: Structure, keys: set[str]) -> bool:
 
 def check_manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:
     """The lists of the manifest against the headers: tensors, weights, files and sizes."""
-    for part in ("files", "tensors", "weights"):
-        if not isinstance(manifest.get(part), dict):
-            raise FormatError(f"{MANIFEST_NAME} has no {part!r}; it is damaged, copy it again")
+    for part, kind in (("files", dict), ("tensors", str), ("weights", dict)):
+        listed = manifest.get(part)
+        if not isinstance(listed, dict) or not all(isinstance(entry, kind) for entry in listed.values()):
+            raise FormatError(f"{MANIFEST_NAME} has no list of {part}; it is damaged, copy it again")
     for name in manifest["tensors"].keys() - checkpoint.tensors.keys():
         raise FormatError(f"tensor {name} of the manifest is missing")
     for name in checkpoint.tensors.keys() - manifest["tensors"].keys():
@@ -144,9 +145,9 @@ def check_files(folder: Path, manifest: dict[str, Any], progress: Progress) -> l
         path = folder / name
         if not path.is_file():
             problem = "is missing"
-        elif path.stat().st_size != listed["bytes"]:
-            problem = f"has {path.stat().st_size} bytes, the manifest says {listed['bytes']}"
-        elif file_digest(path) != listed["sha256"]:
+        elif path.stat().st_size != listed.get("bytes"):
+            problem = f"has {path.stat().st_size} bytes, the manifest says {listed.get('bytes')}"
+        elif file_digest(path) != listed.get("sha256"):
             problem = "has another sha256 than in the manifest"
         else:
             continue
