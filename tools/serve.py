@@ -25,5 +25,6 @@ command = click.Command(
     ],
     callback=run,
     help="Serve MODEL with vLLM's OpenAI server, after checking that it loads and that the plugin is visible.\n\n"
-    "What follows -- goes to vLLM as it is, for example: sparse-rt serve DIR -- --port 8001",
+    "What follows -- goes to vLLM as it is, for example: sparse-rt serve DIR -- --port 8001\n\n"
+    "A pruned model that is stored dense is compressed while it loads: sparse-rt serve DIR -- --quantization sparse_rt",
 )

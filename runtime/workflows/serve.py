@@ -5,13 +5,19 @@ from __future__ import annotations
 import os
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 
-from sparse_rt.checkpoint import Checkpoint, resolve_model
+from sparse_rt.checkpoint import MANIFEST_NAME, QUANT_METHOD, Checkpoint, is_sparse_checkpoint, read_json, resolve_model
+from sparse_rt.conversion.source import open_source
 from sparse_rt.errors import UserError
 from sparse_rt.optional import available
 from sparse_rt.progress import Progress
+from sparse_rt.workflows.serve_arguments import ServeArguments
+from sparse_rt.workflows.serve_threads import BIND_VARIABLE, bind_threads
+from sparse_rt.workflows.verify import check_manifest, check_weight_files
 
 PLUGIN_GROUP, PLUGIN_NAME = "vllm.general_plugins", "sparse_rt"
+SERVER_MODULE = "sparse_rt.exporters.vllm.server"
 HOST = "127.0.0.1"
 KVCACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 MOST_KVCACHE_GIB = 4
@@ -22,28 +28,52 @@ def serve_command(
 ) -> tuple[list[str], dict[str, str]]:
     """(argv, environment) of the OpenAI server for ``model`` (folder or hub id); nothing is started.
 
-    ``vllm_args`` go to vLLM as they are. Two defaults differ from vLLM's own, each only where the user says nothing and
-    each reported as a note: the server listens on this machine alone (vLLM: on every network interface, without a key),
-    and on a CPU the KV cache takes 4 GiB or a quarter of the memory (vLLM: 92% of it).
+    ``vllm_args`` go to vLLM as they are. Three defaults differ from vLLM's own, each only where the user says nothing
+    and each reported as a note: the server listens on this machine alone (vLLM: on every network interface, without a
+    key); on a CPU the KV cache takes 4 GiB or a quarter of the memory (vLLM: 92% of it), and every core computes
+    (vLLM: all but one of each worker).
 
     Raises ``UserError`` when vLLM or the plugin is missing or ``vllm_args`` contradicts ``model``, and ``FormatError``
-    when the folder is damaged.
+    when the headers show that the folder is damaged. What only the data shows is refused while vLLM loads it.
     """
     progress = progress or Progress()
     _check_plugin()
-    if _given(vllm_args, "--model"):
+    given = ServeArguments(vllm_args)
+    if given["--model"] is not None:
         raise UserError("give the model as the argument of `sparse-rt serve`, not with --model")
-    folder = resolve_model(model, _value(vllm_args, "--revision"))
-    Checkpoint.open(folder)
-    # The `vllm` script of the community CPU wheel looks for a distribution called vllm and fails; the module works.
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
-    if str(folder) != str(model) and not _given(vllm_args, "--served-model-name"):
+    folder = resolve_model(model, given["--revision"])
+    check_folder(folder, given["--quantization"])
+    argv = [sys.executable, "-m", SERVER_MODULE, "--model", str(folder)]
+    if str(folder) != str(model) and given["--served-model-name"] is None:
         argv += ["--served-model-name", str(model)]
-    if not _given(vllm_args, "--host") and not _given(vllm_args, "--uds"):
+    if not given.any_of("--host", "--uds"):
         argv += ["--host", HOST]
-        port = _value(vllm_args, "--port") or "8000"
+        port = given["--port"] or "8000"
         progress.note(f"serving on http://{HOST}:{port}, for this machine only; --host 0.0.0.0 opens it to the network")
-    return [*argv, *vllm_args], _environment(progress)
+    return [*argv, *vllm_args], _environment(given, progress)
+
+
+def check_folder(folder: Path, quantization: str | None) -> None:
+    """Everything that headers tell about a folder, for the three kinds that the plugin serves.
+
+    A sparse-rt folder and a sparse compressed-tensors folder choose the plugin by themselves; a dense one needs
+    ``quantization`` (the value of --quantization) to say that it shall be compressed while it loads.
+    """
+    if quantization not in (None, QUANT_METHOD):
+        raise UserError(
+            f"--quantization {quantization} is another method's; `sparse-rt serve` serves with {QUANT_METHOD} alone"
+        )
+    if is_sparse_checkpoint(folder):
+        checkpoint = Checkpoint.open(folder)
+        check_weight_files(checkpoint)
+        manifest = folder / MANIFEST_NAME
+        if manifest.is_file():  # a folder written by save_pretrained has none
+            check_manifest(checkpoint, read_json(manifest))
+    elif open_source(folder).kind == "dense" and quantization is None:
+        raise UserError(
+            f"{folder} is stored dense; make a compressed folder with `sparse-rt convert`, or serve the pruned weights "
+            f"compressed while they load: sparse-rt serve {folder} -- --quantization {QUANT_METHOD}"
+        )
 
 
 def _check_plugin() -> None:
@@ -64,12 +94,20 @@ def _check_plugin() -> None:
         )
 
 
-def _environment(progress: Progress) -> dict[str, str]:
+def _environment(given: ServeArguments, progress: Progress) -> dict[str, str]:
     environment = dict(os.environ)
-    if KVCACHE_VARIABLE not in environment and not _has_accelerator():
+    if _has_accelerator():
+        return environment
+    # The variable would win over the two options of vLLM that say the same.
+    if KVCACHE_VARIABLE not in environment and not given.any_of("--kv-cache-memory-bytes", "--gpu-memory-utilization"):
         gib = max(1, min(MOST_KVCACHE_GIB, _memory_gib() // 4))
         environment[KVCACHE_VARIABLE] = str(gib)
         progress.note(f"{KVCACHE_VARIABLE}={gib}: the KV cache takes {gib} GiB; set the variable for another size")
+    lists, note = bind_threads(given.ranks(), given.placed_by_user(), environment)
+    if lists is not None:
+        environment[BIND_VARIABLE] = lists
+    if note:
+        progress.note(note)
     return environment
 
 
@@ -82,16 +120,3 @@ def _has_accelerator() -> bool:
 def _memory_gib() -> int:
     pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
     return pages * size >> 30
-
-
-def _given(args: list[str], flag: str) -> bool:
-    return any(arg == flag or arg.startswith(flag + "=") for arg in args)
-
-
-def _value(args: list[str], flag: str) -> str | None:
-    for position, arg in enumerate(args):
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-        if arg == flag and position + 1 < len(args):
-            return args[position + 1]
-    return None

