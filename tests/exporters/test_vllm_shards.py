@@ -3,6 +3,7 @@
 One process plays every rank: the three modules that ask for rank and size are told what to answer.
 """
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from vllm.model_executor.layers import linear, vocab_parallel_embedding
 
 from sparse_rt.checkpoint import SparseConfig
 from sparse_rt.exporters.vllm.config import SparseRTConfig
-from sparse_rt.exporters.vllm.folders import SparseFolder
+from sparse_rt.exporters.vllm.folders import CompressedTensorsFolder, DenseFolder, SparseFolder
 from sparse_rt.exporters.vllm.linear_method import SparseRTLinearMethod
 
 HEADS, KV_HEADS, HEAD_SIZE, COLUMNS, VOCABULARY = 8, 2, 4, 32, 100
@@ -42,9 +43,10 @@ def ranks(monkeypatch):
         yield choose
 
 
-def config(pattern, ignore=(), overrides=None):
+def config(pattern, ignore=(), overrides=None, folder=None):
     described = {name: {"pattern": other} for name, other in (overrides or {}).items()}
-    made = SparseRTConfig(SparseFolder(SparseConfig(pattern=pattern, ignore=list(ignore), overrides=described)))
+    sparse = SparseConfig(pattern=pattern, ignore=list(ignore), overrides=described)
+    made = SparseRTConfig(folder or SparseFolder(sparse))
     made.packed_modules_mapping = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
     return made
 
@@ -61,9 +63,9 @@ def weight_and_mask(m, n, pattern, seed=0):
     return weight, mask
 
 
-def build(kind, pattern):
+def build(kind, pattern, folder=None):
     """(layer, [(shard id or None, rows of the stored weight)], function (key, weight, rank, size) -> dense slice)."""
-    options = dict(bias=False, params_dtype=torch.bfloat16, quant_config=config(pattern))
+    options = dict(bias=False, params_dtype=torch.bfloat16, quant_config=config(pattern, folder=folder))
 
     def rows(key, weight, rank, size):
         return weight.chunk(size, 0)[rank]
@@ -111,9 +113,13 @@ def load(layer, stored, pattern, masks_first):
     for (ids, _), (weight, mask) in stored:
         tensors += [(name, ids, t) for name, t in zip(fmt.tensor_names, fmt.compress(weight, mask), strict=True)]
     # Metadata before values, and the shards in reverse: the order of the folder is not promised.
-    for name, ids, tensor in reversed(tensors) if masks_first else tensors:
-        parameter = getattr(layer, name)
-        parameter.weight_loader(parameter, tensor, *ids)
+    load_tensors(layer, list(reversed(tensors)) if masks_first else tensors)
+
+
+def load_tensors(layer, tensors):
+    """[(name of the placeholder, shard ids, tensor)], in any order."""
+    for name, ids, tensor in tensors:
+        getattr(layer, name).weight_loader(getattr(layer, name), tensor, *ids)
     layer.quant_method.process_weights_after_loading(layer)
 
 
@@ -164,6 +170,73 @@ def test_shards_that_one_stored_weight_holds_are_cut_too(ranks, rank, size, patt
     pieces = [cut(*ids, part, rank, size) for (ids, _), part in zip(parts, weight.split(sizes), strict=True)]
     fmt, m, n = get_format(pattern), *layer.sparse_shape[1:]
     assert torch.equal(fmt.decompress(*canonical(layer), m, n), torch.cat(pieces))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank,size", RANKS)
+def test_a_pruned_dense_weight_is_compressed_while_loading(ranks, rank, size, kind, pattern):
+    ranks(rank, size)
+    RANK.size = size
+    layer, parts, cut = build(kind, pattern, DenseFolder())
+    weights = [
+        (ids, weight_and_mask(rows, layer.input_size, pattern, seed)[0]) for seed, (ids, rows) in enumerate(parts)
+    ]
+    load_tensors(layer, [("weight", ids, weight) for ids, weight in reversed(weights)])
+    expected = torch.cat([cut(*ids or (0,), weight, rank, size) for ids, weight in weights])
+    found, m, n = layer.sparse_shape
+    values, metadata = canonical(layer)
+    assert torch.equal(get_format(found).decompress(values, metadata, m, n), expected)
+    if kind != "head":  # its padding rows are empty
+        assert found == ("2:4" if pattern == "2:4" and n % 4 == 0 else "unstructured")
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed"}
+
+
+@pytest.mark.parametrize("kind", ["column", "qkv", "head"])
+def test_a_weight_without_zeros_stays_dense(ranks, kind, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "VOCABULARY", 1000)  # padded to 1024: hardly any zeros
+    layer, parts, _ = build(kind, "2:4", DenseFolder())
+    weights = [torch.randn(rows, COLUMNS).bfloat16() for _, rows in parts]
+    load_tensors(layer, [("weight", ids, weight) for (ids, _), weight in zip(parts, weights, strict=True)])
+    assert not isinstance(layer.quant_method, SparseRTLinearMethod)
+    x = torch.randn(3, COLUMNS).bfloat16()
+    found = layer.quant_method.apply(layer, x)[:, : sum(map(len, weights))]
+    wanted = x.double() @ torch.cat(weights).double().T
+    assert (found.double() - wanted).norm() <= 4e-3 * wanted.norm()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stored,pattern", [("sparse-bitmask", "unstructured"), ("sparse-24-bitmask", "2:4")])
+@pytest.mark.parametrize("rank,size", RANKS)
+def test_weights_of_compressed_tensors_are_cut_like_ours(ranks, rank, size, stored, pattern, kind):
+    ranks(rank, size)
+    RANK.size = size
+    folder = CompressedTensorsFolder({"sparsity_config": {"format": stored}})
+    layer, parts, cut = build(kind, pattern, folder)
+    tensors, weights = [], []
+    for seed, (ids, rows) in enumerate(parts):
+        weight, mask = weight_and_mask(rows, layer.input_size, pattern, seed)
+        shape = (rows, -1) if pattern == "2:4" else (-1,)
+        tensors += [
+            ("weight_values", ids, weight[mask].view(shape)),
+            ("weight_bitmask", ids, get_format("unstructured").pack_mask(mask)),
+        ]
+        weights.append((ids, weight))
+    load_tensors(layer, tensors)
+    found, m, n = layer.sparse_shape
+    assert found == pattern
+    expected = torch.cat([cut(*ids or (0,), weight, rank, size) for ids, weight in weights])
+    assert torch.equal(get_format(found).decompress(*canonical(layer), m, n), expected)
+
+
+def test_a_promise_of_24_that_the_mask_breaks_is_named(ranks):
+    layer, *_ = build("column", "2:4", CompressedTensorsFolder({"sparsity_config": {"format": "sparse-24-bitmask"}}))
+    mask = get_format("2:4").mask_from_scores(torch.rand(48, COLUMNS))
+    mask[5, 8:12] = torch.tensor([True, True, True, False])
+    values = torch.randn(int(mask.sum())).bfloat16()
+    bits = get_format("unstructured").pack_mask(mask)
+    with pytest.raises(FormatError, match=r"m.fc1.bitmask: config.json promises 2:4, row 5, group 2 keeps 3 of 4"):
+        load_tensors(layer, [("weight_values", (), values), ("weight_bitmask", (), bits)])
 
 
 def test_a_rank_cannot_split_the_groups_of_a_row_parallel_weight(ranks):
