@@ -1,14 +1,13 @@
 """compressed-tensors checkpoints, which nothing else loads any more, convert bit for bit."""
 
-import json
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import helpers
+from legacy_folders import compressed_tensors_folder
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.config import ConvertOptions, InspectOptions, VerifyOptions
 from sparse_rt.errors import FormatError, UserError
@@ -17,23 +16,6 @@ from sparse_rt.hf.load import load
 from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.inspect import inspect
 from sparse_rt.workflows.verify import verify
-
-
-def encode(name, weight, kind):
-    """One weight as compressed-tensors 0.9 to 0.14 wrote it; the kind "old" kept ".weight" in the names."""
-    mask = weight != 0
-    if kind == "sparse-24-bitmask":
-        best = weight.abs().view(-1, 4).topk(2, dim=1).indices
-        mask = torch.zeros(weight.numel() // 4, 4, dtype=torch.bool).scatter_(1, best, True).view(weight.shape)
-    bits = torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
-    prefix = name if kind == "old" else name.removesuffix(".weight")
-    values = weight[mask]
-    if kind == "sparse-24-bitmask":
-        shape, values = torch.tensor(weight.shape).reshape(-1, 1), values.view(weight.shape[0], -1)
-        return {f"{prefix}.compressed": values, f"{prefix}.bitmask": bits, f"{prefix}.shape": shape}, mask
-    counts = mask.sum(-1)
-    parts = {f"{prefix}.compressed": values, f"{prefix}.bitmask": bits, f"{prefix}.shape": torch.tensor(weight.shape)}
-    return parts | {f"{prefix}.row_offsets": counts.cumsum(0) - counts}, mask
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +28,7 @@ def make(tmp_path_factory):
         target = folder / f"{kind}-{len(config_changes)}"
         if target.exists():
             shutil.rmtree(target)
-        shutil.copytree(dense, target)
-        tensors, weights, masks = {}, {}, {}
-        pattern = "2:4" if kind == "sparse-24-bitmask" else "unstructured"
-        for name, tensor in load_file(dense / "model.safetensors").items():
-            if "_proj" not in name:
-                tensors[name] = tensor
-                continue
-            fmt = get_format(pattern)
-            weight = torch.where(fmt.mask_from_scores(tensor.float().abs(), 0.6), tensor, 0)
-            weight[3] = 0  # a row of explicit zeros inside the 2:4 mask
-            parts, masks[name] = encode(name, weight, kind)
-            tensors |= parts
-            weights[name] = weight
-        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-        config = json.loads((target / "config.json").read_text())
-        sparsity = {
-            "format": kind.replace("old", "sparse-bitmask"),
-            "sparsity_structure": pattern,
-            "ignore": ["lm_head"],
-        }
-        section = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}}
-        key = "compression_config" if kind == "old" else "quantization_config"
-        config[key] = section | {"sparsity_config": sparsity} | config_changes
-        (target / "config.json").write_text(json.dumps(config))
-        return target, weights, masks
+        return target, *compressed_tensors_folder(dense, target, kind, **config_changes)
 
     return build
 
