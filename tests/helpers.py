@@ -118,7 +118,7 @@ def compress_folder(
         for name in dense.tensors:
             tensor = dense.load(name)
             module = name.removesuffix(".weight")
-            if name.split(".")[-2] not in LINEARS and not name.endswith("_proj.weight"):
+            if not name.endswith(("_proj.weight", *(f"{linear}.weight" for linear in LINEARS))):
                 writer.add(name, tensor)
                 continue
             weight = normalize_zeros(tensor)

@@ -26,6 +26,14 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 MAX_DENSITY = 0.85
 
 
+# One projection of one expert, as most mixtures are stored.
+EXPERT = re.compile(r"\.experts\.\d+\.")
+FUSED = (
+    "transformers fuses these mixture-of-experts weights into one tensor, for which it has no compressed form; "
+    "--experts compresses them for vLLM"
+)
+
+
 @dataclass
 class Decision:
     """One linear weight: ``key`` in the checkpoint, ``name`` is the key without ".weight"; dense when no pattern."""
@@ -263,8 +271,8 @@ def _decide(
     decision = Decision(key, name, tensor.shape, dtype)
     if kind == kinds.TIED:
         decision.reason = "tied to the embedding"
-    elif kind == kinds.EXPERTS:
-        decision.reason = "transformers fuses these mixture-of-experts weights into one tensor: not supported yet"
+    elif kind == kinds.EXPERTS and not (options.experts and EXPERT.search(name) and len(tensor.shape) == 2):
+        decision.reason = _why_dense(options, name)
     elif kind == kinds.UNKNOWN:
         decision.reason = "the model has no parameter of this name: transformers renames or drops it while loading"
     elif kind == kinds.FOREIGN:
@@ -283,6 +291,12 @@ def _decide(
             decision.pattern = fmt.pattern
             decision.nnz = _known_count(fmt, tensor, options)
     return decision
+
+
+def _why_dense(options: ConvertOptions, name: str) -> str:
+    if not EXPERT.search(name):
+        return "transformers puts this weight together with those of the experts" if options.experts else FUSED
+    return "the experts are stored in one tensor with three dimensions" if options.experts else FUSED
 
 
 def _known_count(fmt, tensor: SourceTensor, options: ConvertOptions) -> int | None:

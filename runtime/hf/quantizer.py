@@ -106,6 +106,11 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
     swapped = set()
     for key, entry in checkpoint.weights.items():
         name = next((c for c in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}") if c in modules), None)
+        if name is None and ".experts." in key:
+            raise FormatError(
+                f"weight {key} is compressed, and transformers keeps all experts in one dense tensor; serve this model "
+                "with vLLM, or make a dense one with `sparse-rt export --to dense`"
+            )
         if name is None:
             continue  # a head that this model class does not have; transformers reports unexpected keys itself
         linear = modules[name]
