@@ -69,6 +69,9 @@ class ConvertOptions(Options):
     )
     ignore: list[str] = Field(["lm_head"], description="modules left dense: a name, its last parts, or re:PATTERN")
     overrides: dict[str, str] = Field({}, description="modules with another pattern, as NAME=PATTERN")
+    experts: bool = Field(
+        False, description="compress the experts of mixtures, too: vLLM serves them, transformers does not load them"
+    )
     dtype: str = Field("auto", description="dtype of the stored values: auto, bfloat16, float16, float32")
     device: str = Field("auto", description="where to prune: auto, cpu, cuda")
     max_shard_size: str = Field("5GB", description="largest weight file")
@@ -186,14 +189,18 @@ class GenerateOptions(Options):
     revision: str | None = None
 
 
-BenchPhase = Literal["disk", "load", "memory", "prefill", "decode", "train"]
+BenchPhase = Literal["disk", "load", "memory", "prefill", "decode", "train", "serve"]
 BENCH_PHASES: tuple[str, ...] = get_args(BenchPhase)
+# Two servers, and requests that arrive over minutes: measured where it is asked for.
+ASKED_PHASES = ("serve",)
 
 
 class BenchOptions(Options):
     model: str
     baseline: str | None = Field(None, description="dense model to compare with; default: this model, decompressed")
-    phase: list[BenchPhase] = Field([], description="what to measure (repeatable); default: all")
+    phase: list[BenchPhase] = Field(
+        [], description="what to measure (repeatable); default: all but serve, OpenAI servers under load (vllm)"
+    )
     engine: list[Literal["hf", "vllm", "onnx"]] = Field(
         ["hf"], min_length=1, description="what runs the models (repeatable)"
     )
@@ -201,6 +208,10 @@ class BenchOptions(Options):
     prompt_tokens: int = Field(128, ge=1, description="tokens of prefill")
     new_tokens: int = Field(32, ge=2, description="tokens of decode")
     train_tokens: int = Field(256, ge=2, description="tokens of a training step")
+    request_rate: list[float] = Field(
+        [1.0, 4.0, math.inf], min_length=1, description="requests a second of serve (repeatable); inf: all at once"
+    )
+    num_prompts: int = Field(32, ge=1, description="requests of serve in each repetition")
     repeats: int = Field(5, ge=1, description="interleaved repetitions; the median counts")
     device: str = Field("auto", description="device of the hf engine: auto, cpu, cuda")
     report: Path | None = Field(None, description="folder for report.json, report.md and report.png")
@@ -214,6 +225,13 @@ class BenchOptions(Options):
     def _batch(cls, value):
         if not value or min(value) < 1:
             raise ValueError("batch is a number of sequences, at least 1")
+        return value
+
+    @field_validator("request_rate")
+    @classmethod
+    def _request_rate(cls, value):
+        if not all(rate > 0 for rate in value):  # false for nan, too
+            raise ValueError("a request rate is a number of requests a second above 0, or inf")
         return value
 
 
