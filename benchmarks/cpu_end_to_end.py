@@ -5,12 +5,18 @@
     python cpu_end_to_end.py --workdir DIR --model 2:4 --model 0.75 --part vllm-decode           # some of it
     python cpu_end_to_end_report.py results/cpu_end_to_end.jsonl                                 # tables and bars again
 
+Serving in vLLM alone, on which the bars are:
+
+    python cpu_end_to_end.py --workdir DIR --output results/vllm_serving.jsonl --model 0.5 --model 0.7 --model 0.75 \\
+        --model 2:4 --part vllm-decode --part vllm-prefill --part vllm-serve
+
 The models are made in the work folder and used again (random_llama.py says which, and why). Every part is one
 ``sparse-rt bench``, whose command each row names; it takes dense and sparse in turn and forms ratios pair by pair:
 
     vllm-decode   one engine a side, both kept, bound to the same cores; 32 new tokens after a prompt of 32, the time of
                   the prompt subtracted, batch 1, 4 and 16; start and memory of the engines
     vllm-prefill  prompt of 512 tokens
+    vllm-serve    an OpenAI server a side, both kept, asked in turn by vLLM's load generator at a sweep of request rates
     hf-decode     transformers, both models in this process, greedy steps with a key-value cache after 32 tokens
     hf-prefill    prompt of 512 tokens
     train         forward, backward and AdamW on 1 x 256 tokens: SPP on the compressed model, LoRA of as many parameters
@@ -44,13 +50,15 @@ from sparse_rt.tools.console import ConsoleProgress
 from sparse_rt.workflows.bench import bench
 
 MODELS = {"2:4": ("2:4", 0.5), **{f"{sparsity:g}": ("unstructured", sparsity) for sparsity in (0.5, 0.7, 0.75, 0.9)}}
-PARTS = ("vllm-decode", "vllm-prefill", "hf-decode", "hf-prefill", "train", "canonical")
+PARTS = ("vllm-decode", "vllm-prefill", "vllm-serve", "hf-decode", "hf-prefill", "train", "canonical")
 # A fresh process a sample is slow, and its figures vary little.
 FRESH_REPEATS = 3
 
 
-def part_options(part: str, lengths: dict[str, int], batches: list[int], repeats: int) -> dict[str, Any]:
-    """The fields of ``BenchOptions`` that a part sets."""
+def part_options(
+    part: str, lengths: dict[str, int], batches: list[int], repeats: int, load: dict[str, Any]
+) -> dict[str, Any]:
+    """The fields of ``BenchOptions`` that a part sets; ``load`` holds those of the sweep."""
     short = {"prompt_tokens": lengths["prompt"], "new_tokens": lengths["new"], "repeats": repeats}
     long = {"prompt_tokens": lengths["prefill"], "new_tokens": 2, "repeats": repeats}
     fresh = {
@@ -61,6 +69,7 @@ def part_options(part: str, lengths: dict[str, int], batches: list[int], repeats
     return {
         "vllm-decode": {"engine": ["vllm"], "phase": ["load", "memory", "decode"], "batch": batches, **short},
         "vllm-prefill": {"engine": ["vllm"], "phase": ["prefill"], **long},
+        "vllm-serve": {"engine": ["vllm"], "phase": ["serve"], **short, **load},
         "hf-decode": {"phase": ["decode"], **short},
         "hf-prefill": {"phase": ["prefill"], **long},
         "train": {"phase": ["disk", "load", "memory", "train"], **fresh},
@@ -165,6 +174,8 @@ def measure(
 @click.option("--new-tokens", type=int, default=32, show_default=True)
 @click.option("--prefill-tokens", type=int, default=512, show_default=True)
 @click.option("--train-tokens", type=int, default=256, show_default=True)
+@click.option("--request-rate", "rates", multiple=True, type=float, default=(1, 4, float("inf")), show_default=True)
+@click.option("--num-prompts", type=int, default=32, show_default=True, help="requests of each sample of vllm-serve")
 @click.option("--make-only", is_flag=True, help="make the models and stop")
 @click.option("--layers", type=int, default=Shape.layers, show_default=True)
 @click.option("--hidden", type=int, default=Shape.hidden, show_default=True)
@@ -172,12 +183,13 @@ def measure(
 @click.option("--heads", type=int, default=Shape.heads, show_default=True)
 @click.option("--kv-heads", type=int, default=Shape.kv_heads, show_default=True)
 @click.option("--vocabulary", type=int, default=Shape.vocabulary, show_default=True)
-def main(workdir, output, models, parts, threads, batches, repeats, make_only, **sizes):
+def main(workdir, output, models, parts, threads, batches, repeats, rates, num_prompts, make_only, **sizes):
     lengths = {name: sizes.pop(f"{name}_tokens") for name in ("prompt", "new", "prefill", "train")}
     shape = Shape(**sizes)
     if threads:
         torch.set_num_threads(threads)
     chosen = {"lengths": lengths, "batches": list(batches), "repeats": repeats}
+    chosen["load"] = {"request_rate": list(rates), "num_prompts": num_prompts}
     rows = []
     for label in models:
         for found in measure(() if make_only else parts, label, workdir, shape, chosen):

@@ -20,18 +20,27 @@ from sparse_rt.report import markdown_list, markdown_table, quantity
 
 Rows = list[dict[str, Any]]
 
-# Ratio to dense vLLM that decoding has to reach: (model, batch) -> bar.
-BARS = {
-    **{(model, 1): bar for model, bar in (("2:4", 1.6), ("0.5", 1.6), ("0.75", 2.4))},
-    **{(model, 16): 0.95 for model in ("2:4", "0.5", "0.7", "0.75", "0.9")},
+HALF, SPARSER = ("0.5", "2:4"), ("0.7", "0.75", "0.9")
+# Dense time / sparse time that serving has to reach, by what multiplies the dense matrices: at batch 1 and 4 for half
+# of the weights and for fewer, then from 16 tokens on.
+SPEED_BARS = {
+    "oneDNN": {1: (1.8, 2.5), 4: (1.25, 1.6), "many": 0.95},
+    "zentorch": {1: (1.6, 2.2), 4: (1.15, 1.5), "many": 0.9},
 }
+# The worker's weights, sparse / dense, and the start of an engine, sparse time / dense time, at most.
+WEIGHT_BARS = {"0.5": 0.60, "2:4": 0.60, "0.75": 0.36}
+LOAD_BAR = 1.3
 
 
 def tables(rows: Rows) -> str:
     """Everything that is worth reading first, as Markdown."""
     rows = latest(rows)
     good = [row for row in rows if not row["error"]]
-    parts = [header(good), bars(good), *(table(good, part) for part in dict.fromkeys(row["part"] for row in good))]
+    parts = [header(good), bars(good)]
+    groups: dict[str, Rows] = {}
+    for row in good:
+        groups.setdefault(title(row), []).append(row)
+    parts += [table(name, found) for name, found in groups.items()]
     failed = [f"{row['model']}, {row['part']}: {row['error']}" for row in rows if row["error"]]
     parts += ["## Failed\n\n" + markdown_list(failed)] if failed else []
     return "\n".join(part for part in [*parts, noise(good)] if part)
@@ -54,7 +63,20 @@ def identity(row: dict[str, Any]) -> tuple:
         row["part"],
         bench.get("threads"),
         *map(row.get, ("engine", "what", "batch")),
+        dense_linear(row),
     )
+
+
+def dense_linear(row: dict[str, Any]) -> str | None:
+    """What multiplied dense matrices in vLLM; None for other engines, files and failures."""
+    settings = row["bench"].get("engine_settings") if row.get("engine") == "vllm" else None
+    return settings["dense_linear"] if settings else None
+
+
+def title(row: dict[str, Any]) -> str:
+    """The heading of the rows that stand in one table."""
+    dense = dense_linear(row)
+    return f"{row['part']} (dense: {dense})" if dense else row["part"]
 
 
 def header(rows: Rows) -> str:
@@ -73,12 +95,28 @@ def header(rows: Rows) -> str:
     )
 
 
+def bar_of(row: dict[str, Any]) -> float | None:
+    """The ratio dense / sparse that a row has to reach; None where nothing is asked of it."""
+    if row.get("engine") != "vllm":
+        return None
+    if row["phase"] == "memory" and row["what"] == "weights in the worker":
+        return 1 / WEIGHT_BARS[row["model"]] if row["model"] in WEIGHT_BARS else None
+    if row["phase"] == "load" and row["what"] == "engine start":
+        return 1 / LOAD_BAR
+    speeds = SPEED_BARS.get(dense_linear(row))
+    if speeds is None or row["phase"] not in ("decode", "prefill"):
+        return None
+    if row["phase"] == "prefill" or row["batch"] >= 16:
+        return speeds["many"]
+    return speeds[row["batch"]][row["model"] in SPARSER] if row["batch"] in speeds else None
+
+
 def bars(rows: Rows) -> str:
-    """Decoding in vLLM against its bars."""
+    """Serving in vLLM against its bars."""
     cells = []
     for row in rows:
-        bar = BARS.get((row["model"], row["batch"])) if row["part"] == "vllm-decode" else None
-        if bar is None or row["phase"] != "decode":
+        bar = bar_of(row)
+        if bar is None:
             continue
         ratio = row["ratio"]
         missed = "" if ratio["median"] >= bar else f"missed by {1 - ratio['median'] / bar:.0%}"
@@ -87,8 +125,10 @@ def bars(rows: Rows) -> str:
         cells.append(
             (
                 row["model"],
-                row["batch"],
+                f"{row['phase']}, {row['what']}",
+                row["batch"] or "",
                 row["bench"]["threads"],
+                dense_linear(row),
                 f"{ratio['median']:.2f}x",
                 f"{ratio['min']:.2f}-{ratio['max']:.2f}",
                 f"{bar:.2f}x",
@@ -97,15 +137,16 @@ def bars(rows: Rows) -> str:
         )
     if not cells:
         return ""
-    dense = sorted({row["bench"]["engine_settings"]["dense_linear"] for row in rows if row["engine"] == "vllm"})
-    columns = ["model", "batch>", "threads>", "ratio>", "range>", "bar>", ""]
-    return f"## Decoding in vLLM (dense: {', '.join(dense)})\n\n{markdown_table(columns, cells)}"
+    columns = ["model", "", "batch>", "threads>", "dense", "ratio>", "range>", "bar>", ""]
+    limits = ", ".join(f"{bar:.2f} at {model}" for model, bar in WEIGHT_BARS.items())
+    note = f"Weights of the worker at most {limits} of dense; start at most {LOAD_BAR} times that of dense."
+    return f"## Serving in vLLM against its bars\n\n{markdown_table(columns, cells)}\n{note}\n"
 
 
-def table(rows: Rows, part: str) -> str:
-    """All figures of one part."""
+def table(name: str, rows: Rows) -> str:
+    """All figures of one part against one kind of dense product."""
     cells = []
-    for row in (row for row in rows if row["part"] == part):
+    for row in rows:
         ratio, speeds = row["ratio"], row["tokens_per_second"]
         cells.append(
             (
@@ -131,8 +172,8 @@ def table(rows: Rows, part: str) -> str:
         "range>",
         "bytes>",
     ]
-    commands = dict.fromkeys(row["bench"]["command"] for row in rows if row["part"] == part)
-    return f"## {part}\n\n{markdown_table(columns, cells)}\n" + markdown_list(f"`{command}`" for command in commands)
+    commands = dict.fromkeys(row["bench"]["command"] for row in rows)
+    return f"## {name}\n\n{markdown_table(columns, cells)}\n" + markdown_list(f"`{command}`" for command in commands)
 
 
 def noise(rows: Rows) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,20 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, default=str) + "\n")
 
 
+@dataclass
+class LinePanel:
+    """A small chart: ``lines`` by name, one value for each of the evenly spaced ``ticks``.
+
+    The first word of a name decides the colour of its line, a comma in it makes the line a dashed one.
+    """
+
+    title: str
+    unit: str
+    axis: str
+    ticks: list[str]
+    lines: dict[str, list[float]] = field(default_factory=dict)
+
+
 def bar_chart(
     path: Path,
     labels: Sequence[str],
@@ -79,23 +94,37 @@ def bar_chart(
     axis: str,
     spans: Sequence[tuple[float, float]] | None = None,
     reference: float | None = None,
+    panels: Sequence[LinePanel] = (),
 ) -> None:
     """Horizontal bars as a PNG; ``spans`` (low, high) become error bars, bars below ``reference`` another colour.
 
-    Raises ``UserError`` when matplotlib is not installed.
+    ``panels`` stand side by side below the bars. Raises ``UserError`` when matplotlib is not installed.
     """
     require("matplotlib", "plot")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 1.4 + 0.34 * len(labels)), layout="constrained")
+    heights = [1.4 + 0.34 * len(labels), *([2.6] if panels else [])]
+    figure = Figure(figsize=(8 if not panels else 11, sum(heights)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    grid = figure.add_gridspec(len(heights), max(len(panels), 1), height_ratios=heights)
+    axes = figure.add_subplot(grid[0, :])
+    _draw_bars(axes, labels, values, spans, reference)
+    axes.set_xlabel(axis)
+    axes.set_title(title, fontsize=10, loc="left")
+    for place, panel in enumerate(panels):
+        _draw_lines(figure.add_subplot(grid[1, place]), panel)
+    figure.savefig(path, dpi=130)
+
+
+_BAR, _BELOW = "#3b6ea5", "#c0504d"
+
+
+def _draw_bars(axes, labels, values, spans, reference) -> None:
     # As the label shows it: a bar labelled 1.00 is not below 1.
     below = [reference is not None and round(value, 2) < reference for value in values]
-    colours = ["#c0504d" if is_below else "#3b6ea5" for is_below in below]
     places = range(len(labels))
-    axes.barh(places, values, color=colours)
+    axes.barh(places, values, color=[_BELOW if is_below else _BAR for is_below in below])
     if spans is not None:
         left = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
         rest = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
@@ -109,6 +138,19 @@ def bar_chart(
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xlim(0, right * 1.12)
-    axes.set_xlabel(axis)
-    axes.set_title(title, fontsize=10, loc="left")
-    figure.savefig(path, dpi=130)
+
+
+def _draw_lines(axes, panel: LinePanel) -> None:
+    colours: dict[str, str] = {}
+    for name, values in panel.lines.items():
+        kind = name.partition(",")[0]
+        colour = colours.setdefault(kind, ("#7f7f7f", _BAR, _BELOW)[len(colours) % 3])
+        style = "--" if "," in name else "-"
+        axes.plot(range(len(values)), values, style, color=colour, marker="o", markersize=3, linewidth=1, label=name)
+    axes.set_xticks(range(len(panel.ticks)), panel.ticks, fontsize=8)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(panel.axis, fontsize=8)
+    axes.set_ylabel(panel.unit, fontsize=8)
+    axes.set_title(panel.title, fontsize=9, loc="left")
+    axes.legend(fontsize=7)

@@ -26,6 +26,7 @@ command = workflow_command(
     BenchOptions,
     "sparse_rt.workflows.bench:bench",
     report,
-    "Measure MODEL (compressed) and a dense baseline in turn, in one run: disk, load, memory, prefill, decode and a "
-    "training step.\n\nA ratio above 1 means that sparse is faster or smaller.",
+    "Measure MODEL (compressed) and a dense baseline in turn, in one run: disk, load, memory, prefill, decode, a "
+    "training step and, with --engine vllm --phase serve, OpenAI servers over a sweep of request rates.\n\n"
+    "A ratio above 1 means that sparse is faster or smaller.",
 )

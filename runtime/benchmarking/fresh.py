@@ -13,6 +13,7 @@ from sparse_rt.benchmarking.hf_engine import forward_options
 from sparse_rt.benchmarking.processes import status_bytes
 from sparse_rt.benchmarking.rows import timed
 from sparse_rt.benchmarking.training import TrainingStep, adapted, random_tokens
+from sparse_rt.benchmarking.weights import tensor_bytes
 from sparse_rt.hf.load import load
 
 
@@ -49,16 +50,6 @@ def load_once(request: dict[str, Any]) -> dict[str, Any]:
             step.run()
         sample["train_peak"] = status_bytes("VmHWM")
     return sample
-
-
-def tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of all tensors that the modules hold: parameters, buffers, and what is derived from them at run time."""
-    found: dict[int, int] = {}
-    for module in model.modules():
-        for value in (*module.parameters(False), *module.buffers(False), *vars(module).values()):
-            if isinstance(value, torch.Tensor) and value.device.type != "meta":  # a packed layer keeps meta tensors
-                found[value.data_ptr()] = max(value.nbytes, found.get(value.data_ptr(), 0))
-    return sum(found.values())
 
 
 def import_everything(folder: str) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from sparse_rt.benchmarking.rows import SIDES
 from sparse_rt.checkpoint import output_directory
 from sparse_rt.optional import available
 from sparse_rt.progress import Progress
-from sparse_rt.report import bar_chart, markdown_list, markdown_table, quantity, write_json
+from sparse_rt.report import LinePanel, bar_chart, markdown_list, markdown_table, quantity, write_json
 
 COLUMNS = ["engine", "phase", "what", "batch>", "dense>", "sparse>", "ratio>", "range>"]
 CHART, MARKDOWN, JSON = "report.png", "report.md", "report.json"
@@ -46,8 +47,7 @@ def table_rows(result: dict[str, Any]) -> list[tuple]:
                 row["phase"],
                 row["what"],
                 row["batch"] or "",
-                quantity(row["dense"]["median"], row["unit"]),
-                quantity(row["sparse"]["median"], row["unit"]),
+                *(figure(row, side) for side in SIDES),
                 f"{ratio['median']:.2f}x",
                 "exact"
                 if len(ratio["samples"]) == 1 and row["unit"] == "bytes"
@@ -55,6 +55,39 @@ def table_rows(result: dict[str, Any]) -> list[tuple]:
             )
         )
     return rows
+
+
+def figure(row: dict[str, Any], side: str) -> str:
+    """The median of a side; throughput as people know it, tokens a second."""
+    if row["metric"] == "output_throughput":
+        return quantity(row["tokens_per_second"][side], "tok/s")
+    return quantity(row[side]["median"], row["unit"])
+
+
+# The panels below the ratios: title, unit, and the metrics in it with what their lines are called.
+SWEEP_PANELS = (
+    ("output throughput", "tokens a second", {"output_throughput": ""}),
+    ("time to first token", "s", {"median_ttft": "", "p99_ttft": ", p99"}),
+    ("time per output token", "s", {"median_tpot": "", "p99_tpot": ", p99"}),
+)
+
+
+def sweep_panels(rows: list[dict[str, Any]]) -> list[LinePanel]:
+    """Throughput and latencies against the request rate, both sides; none without a sweep."""
+    served = {(row["metric"], row["request_rate"]): row for row in rows if row["metric"]}
+    rates = sorted({rate for _, rate in served}, key=float)
+    panels = []
+    for title, unit, metrics in SWEEP_PANELS if rates else ():
+        panel = LinePanel(title, unit, "requests a second", [f"{float(rate):g}" for rate in rates])
+        for metric, suffix in metrics.items():
+            for side in SIDES:
+                found = [served[metric, rate] for rate in rates]
+                speeds = metric == "output_throughput"
+                panel.lines[side + suffix] = [
+                    row["tokens_per_second"][side] if speeds else row[side]["median"] for row in found
+                ]
+        panels.append(panel)
+    return panels
 
 
 def write_report(result: dict[str, Any], target: Path, overwrite: bool, progress: Progress) -> None:
@@ -73,10 +106,12 @@ def write_report(result: dict[str, Any], target: Path, overwrite: bool, progress
                 partial / CHART,
                 [row_name(row) for row in rows],
                 [row["ratio"]["median"] for row in rows],
-                f"{result['model']} ({result['pattern']}, {result['sparsity']:.0%} zeros) against {result['baseline']}",
+                f"{Path(result['model']).name} ({result['pattern']}, {result['sparsity']:.0%} zeros)\n"
+                f"against {Path(result['baseline']).name}",
                 "dense / sparse: above 1 sparse is faster or smaller",
                 [(row["ratio"]["min"], row["ratio"]["max"]) for row in rows],
                 reference=1.0,
+                panels=sweep_panels(rows),
             )
         (partial / MARKDOWN).write_text(markdown(result, chart))
         write_json(partial / JSON, result)
@@ -84,7 +119,7 @@ def write_report(result: dict[str, Any], target: Path, overwrite: bool, progress
 
 def markdown(result: dict[str, Any], chart: bool) -> str:
     """The report as Markdown."""
-    settings = result["settings"]
+    settings, speeds = result["settings"], speed_table(result)
     parts = [
         f"# Dense and sparse side by side: {Path(result['model']).name}\n",
         f"{result['pattern']}, {result['sparsity']:.1%} zeros in the compressed layers, {result['dtype']}; baseline: "
@@ -94,8 +129,8 @@ def markdown(result: dict[str, Any], chart: bool) -> str:
         markdown_table(COLUMNS, table_rows(result)),
         result["slower"] + "\n",
         *(["![ratios](report.png)\n"] if chart else []),
-        "## Tokens a second\n" if any(row["tokens_per_second"] for row in result["rows"]) else "",
-        speed_table(result),
+        "## Tokens a second\n" if speeds else "",
+        speeds,
         "## Notes\n",
         markdown_list(result["notes"] + row_notes(result) + engine_notes(result)),
     ]
@@ -107,13 +142,18 @@ def speed_table(result: dict[str, Any]) -> str:
     rows = [
         (row_name(row), *(quantity(row["tokens_per_second"][side], "") for side in ("dense", "sparse")))
         for row in result["rows"]
-        if row["tokens_per_second"]
+        if row["tokens_per_second"] and row["metric"] is None  # a sweep shows its own in the table
     ]
     return markdown_table(["", "dense>", "sparse>"], rows) if rows else ""
 
 
 def row_notes(result: dict[str, Any]) -> list[str]:
-    return [f"{row_name(row)}: {row['note']}" for row in result["rows"] if row["note"]]
+    """One line a note; the rows of a sweep share theirs."""
+    names: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        if row["note"]:
+            names.setdefault(row["note"], []).append(f"{row['engine']} serve" if row["metric"] else row_name(row))
+    return [f"{'; '.join(dict.fromkeys(found))}: {note}" for note, found in names.items()]
 
 
 def engine_notes(result: dict[str, Any]) -> list[str]:

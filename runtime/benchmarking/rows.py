@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +25,8 @@ class Row:
     """``what`` was measured in ``unit`` ("s" or "bytes", so lower is always better).
 
     ``dense[i]`` and ``sparse[i]`` are one pair, measured one after the other; ``tokens`` is how many tokens one such
-    time covers (None where that means nothing).
+    time covers (None where that means nothing). Rows of a sweep have a ``request_rate`` (requests a second, inf for all
+    at once) and the ``metric`` that they hold there.
     """
 
     engine: str
@@ -36,6 +38,8 @@ class Row:
     batch: int | None = None
     tokens: int | None = None
     note: str | None = None
+    request_rate: float | None = None
+    metric: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON: median, min, max and samples of both sides and of dense / sparse (above 1 sparse wins)."""
@@ -54,7 +58,14 @@ class Row:
             "ratio": summary(ratios),
             "tokens_per_second": speeds,
             "note": self.note,
+            "request_rate": None if self.request_rate is None else json_rate(self.request_rate),
+            "metric": self.metric,
         }
+
+
+def json_rate(rate: float) -> float | str:
+    """A request rate for JSON, which has no infinite numbers."""
+    return "inf" if math.isinf(rate) else rate
 
 
 def summary(samples: list[float]) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """vLLM: one engine a side, both kept and used in turn, with the same thread binding and settings.
 
+The phase ``serve`` starts OpenAI servers instead (``vllm_serving``).
+
 Time of a decode step = extra time / extra tokens between generating one token and generating many, so that the
 scheduler's fixed costs and the prompt cancel out.
 """
@@ -9,19 +11,24 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import tempfile
+from pathlib import Path
 
 import torch
 
+from sparse_rt.benchmarking import vllm_serving
 from sparse_rt.benchmarking.models import Pair, read_files
 from sparse_rt.benchmarking.processes import largest_process, status_bytes, wait_until_idle
 from sparse_rt.benchmarking.rows import SIDES, Row, calls_note, generation_rows, in_turn
+from sparse_rt.benchmarking.weights import FILE_VARIABLE, WORKER, LoadedWeights, recorded
 from sparse_rt.config import BenchOptions
 from sparse_rt.errors import SparseRTError
 from sparse_rt.exporters.vllm.engine import KeptEngine
 from sparse_rt.progress import Progress
+from sparse_rt.report import size
 
 NAME = "vllm"
-PHASES = ("load", "memory", "prefill", "decode")
+PHASES = ("load", "memory", "prefill", "decode", "serve")
 BIND, CACHE_SPACE = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_KVCACHE_SPACE"
 MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 # A sample repeats generations shorter than this: the scheduler's jitter is a few milliseconds a call.
@@ -36,22 +43,45 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
         "dtype": pair.dtype,
         "max_model_len": options.prompt_tokens + options.new_tokens,
         "enable_prefix_caching": False,
-        "skip_tokenizer_init": True,
         # CUDA graphs are how vLLM is used on a GPU; on a CPU compiling costs a minute a start and helps both alike.
         "enforce_eager": not torch.cuda.is_available(),
     }
+    if torch.cuda.is_available():
+        settings["gpu_memory_utilization"] = 0.45  # two engines share the GPU
+    rows, facts = [], {}
+    if set(phases) - {"serve"}:
+        offline = settings | {"skip_tokenizer_init": True}
+        rows, facts = engine_rows(pair, options, phases, offline, environment, progress)
+        facts |= offline | environment
+    if "serve" in phases:
+        served, found = vllm_serving.measure(pair, options, settings, environment, progress)
+        rows, facts = rows + served, facts | found
+    return rows, {"dense_linear": dense_linear(facts["platform"]), **facts}
+
+
+def engine_rows(
+    pair: Pair,
+    options: BenchOptions,
+    phases: list[str],
+    settings: dict[str, object],
+    environment: dict[str, str],
+    progress: Progress,
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of everything but ``serve``, and the facts of the engines."""
     with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sparse-rt-bench-")))
+        weigh = {"worker_cls": WORKER} if {"load", "memory"} & set(phases) else {}
         engines = {}
         for side in SIDES:
-            folder = getattr(pair, side)
-            read_files(header.file for header in folder.headers)
+            model = getattr(pair, side)
+            read_files(header.file for header in model.headers)
             progress.stage(f"starting vLLM on the {side} model")
-            engines[side] = stack.enter_context(KeptEngine(folder.folder, settings, environment))
-        rows = start_rows(engines, phases)
+            variables = environment | {FILE_VARIABLE: str(folder / side)}
+            engines[side] = stack.enter_context(KeptEngine(model.folder, settings | weigh, variables))
+        rows = start_rows(engines, {side: recorded(folder / side) for side in SIDES}, phases)
         for batch in options.batch if {"prefill", "decode"} & set(phases) else []:
             rows += batch_rows(engines, batch, pair.vocabulary, options, phases, progress)
-        facts = {key: engines["dense"].facts[key] for key in ("engine", "platform")}
-    return rows, {**facts, "dense_linear": dense_linear(facts["platform"]), **settings, **environment}
+        return rows, {key: engines["dense"].facts[key] for key in ("engine", "platform")}
 
 
 def dense_linear(platform: str) -> str:
@@ -76,12 +106,21 @@ def threading() -> dict[str, str]:
     return {**default, **chosen}
 
 
-def start_rows(engines: dict[str, KeptEngine], phases: list[str]) -> list[Row]:
-    """Seconds of the start and bytes of the process that holds the weights, after one token."""
+def start_rows(
+    engines: dict[str, KeptEngine], weights: dict[str, LoadedWeights | None], phases: list[str]
+) -> list[Row]:
+    """Seconds of the start; bytes of the process that holds the weights, after one token, and of the weights alone."""
     rows = []
+    weighed = [weights[side] for side in SIDES if weights[side] is not None]
+    known = len(weighed) == len(SIDES)
     if "load" in phases:
+        once = "one start each, files in the page cache"
         start = [[engines[side].facts["load_s"]] for side in SIDES]
-        rows.append(Row(NAME, "load", "engine start", "s", *start, note="one start each, files in the page cache"))
+        rows.append(Row(NAME, "load", "engine start", "s", *start, note=once))
+        if known:
+            seconds = [[found.seconds] for found in weighed]
+            note = f"{once}; reading, checking and laying out in the worker"
+            rows.append(Row(NAME, "load", "weights in the worker", "s", *seconds, note=note))
     if "memory" in phases:
         for engine in engines.values():
             engine.run({"prompts": [[1]], "max_tokens": 1})
@@ -89,7 +128,20 @@ def start_rows(engines: dict[str, KeptEngine], phases: list[str]) -> list[Row]:
         if all(size for (size,) in found):
             note = "resident bytes of the process that holds the weights, Python and libraries included"
             rows.append(Row(NAME, "memory", "engine after one token", "bytes", *found, note=note))
+        if known and all(found.held > 0 for found in weighed):
+            held = [[found.held] for found in weighed]
+            rows.append(Row(NAME, "memory", "weights in the worker", "bytes", *held, note=weights_note(*weighed)))
     return rows
+
+
+def weights_note(dense: LoadedWeights, sparse: LoadedWeights) -> str:
+    """What the figure is, and what the tensors of the models would have told."""
+    how = "allocated on the GPU" if torch.cuda.is_available() else "of anonymous memory"
+    return (
+        f"bytes {how} that the worker gained while it loaded the weights, before the KV cache exists; what loading "
+        f"imports is part of it. Parameters and buffers are {size(dense.tensors)} dense and {size(sparse.tensors)} "
+        "sparse, without dense weights that vLLM repacked (oneDNN, zentorch), the head among them on both sides"
+    )
 
 
 def batch_rows(

@@ -1,4 +1,4 @@
-"""Dense and sparse side by side in one run: disk, load time, memory, prefill, decode, training step.
+"""Dense and sparse side by side in one run: disk, load time, memory, prefill, decode, training step, serving.
 
 The result, which ``report.json`` holds as it is (times in seconds, sizes in bytes, so lower is better everywhere):
 
@@ -9,13 +9,15 @@ The result, which ``report.json`` holds as it is (times in seconds, sizes in byt
     machine       cpu, cores, threads, device, gpu, load_average, python, sparse_rt, commit, packages, busy_before and
                   busy_during: cores that other processes kept busy (None where that cannot be read)
     machine_line  the same as one line
-    settings      prompt_tokens, new_tokens, train_tokens, repeats, batch
+    settings      prompt_tokens, new_tokens, train_tokens, repeats, batch, request_rate, num_prompts
     engines       per engine the settings both sides ran with
     backends      per operation which backend ran the compressed layers
     rows          engine, phase, what, batch, unit ("s" | "bytes"), note,
                   dense, sparse: median, min, max, samples; sample i of both is one pair, taken one after the other
                   ratio: the same of dense / sparse per pair; above 1 sparse is faster or smaller
                   tokens_per_second: dense, sparse (from the medians), or None
+                  request_rate: requests a second or "inf", and metric: "output_throughput" (seconds an output token),
+                  "median_ttft", "p99_ttft", "median_tpot" or "p99_tpot"; both None outside the phase serve
     slower        one sentence: where sparse is slower or larger
     warnings, notes
     fail_below    the threshold or None; below: the rows under it as "engine phase batch"
@@ -34,9 +36,9 @@ import torch
 from sparse_rt.benchmarking import machine as machines
 from sparse_rt.benchmarking.models import Pair, file_bytes, open_pair
 from sparse_rt.benchmarking.rendering import COLUMNS, row_name, table_rows, where_sparse_loses, write_report
-from sparse_rt.benchmarking.rows import Row
+from sparse_rt.benchmarking.rows import Row, json_rate
 from sparse_rt.checkpoint import check_output
-from sparse_rt.config import BENCH_PHASES, BenchOptions
+from sparse_rt.config import ASKED_PHASES, BENCH_PHASES, BenchOptions
 from sparse_rt.device import pick_device
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.kernels import packed
@@ -55,6 +57,8 @@ ENGINES = {
 }
 # Package that an engine needs beyond the core, and the extra that brings it.
 NEEDED = {"vllm": (("vllm", "vllm"),), "onnx": (("onnx", "onnx"), ("onnxruntime", "onnx"))}
+# Options that a report repeats.
+SETTINGS = {"prompt_tokens", "new_tokens", "train_tokens", "repeats", "batch", "num_prompts"}
 # The phases that --fail-below judges: those where "faster" is the claim.
 JUDGED = ("prefill", "decode", "train")
 
@@ -68,7 +72,8 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> dict[str, 
     progress = progress or Progress()
     if options.report is not None:
         check_output(options.report, options.overwrite)
-    phases = [phase for phase in BENCH_PHASES if not options.phase or phase in options.phase]
+    wanted = options.phase or set(BENCH_PHASES) - set(ASKED_PHASES)
+    phases = [phase for phase in BENCH_PHASES if phase in wanted]
     notes = check_requests(options, phases)
     with open_pair(options.model, options.baseline) as pair:
         check_lengths(pair, options, phases)
@@ -96,11 +101,13 @@ def check_requests(options: BenchOptions, phases: list[str]) -> list[str]:
             require("peft", "train")
         phases.remove("train")
         notes.append('no training step: PEFT is not installed (pip install "sparse-rt[train]")')
-    covered = {"disk"}.union(*(importlib.import_module(ENGINES[engine]).PHASES for engine in options.engine))
+    phases_of = {engine: importlib.import_module(module).PHASES for engine, module in ENGINES.items()}
+    covered = {"disk"}.union(*(phases_of[engine] for engine in options.engine))
     missing = [phase for phase in options.phase if phase not in covered]
     if missing:
+        able = [f"--engine {engine}" for engine, found in phases_of.items() if missing[0] in found]
         raise UserError(
-            f"no chosen engine ({', '.join(options.engine)}) measures {', '.join(missing)}; add --engine hf"
+            f"no chosen engine ({', '.join(options.engine)}) measures {missing[0]}; add {' or '.join(able)}"
         )
     if options.fail_below is not None and not set(phases) & set(JUDGED) & covered:
         raise UserError(
@@ -113,8 +120,9 @@ def check_lengths(pair: Pair, options: BenchOptions, phases: list[str]) -> None:
     limit = pair.positions
     if limit is None:
         return
+    generated = options.prompt_tokens + options.new_tokens
     needs = {
-        "--prompt-tokens plus --new-tokens": (options.prompt_tokens + options.new_tokens, {"prefill", "decode"}),
+        "--prompt-tokens plus --new-tokens": (generated, {"prefill", "decode", "serve"}),
         "--prompt-tokens": (options.prompt_tokens, {"load", "memory"}),
         "--train-tokens": (options.train_tokens, {"train"}),
     }
@@ -156,7 +164,8 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": facts,
         "machine_line": machines.machine_line(facts),
-        "settings": options.model_dump(include={"prompt_tokens", "new_tokens", "train_tokens", "repeats", "batch"}),
+        "settings": options.model_dump(include=SETTINGS)
+        | {"request_rate": [json_rate(rate) for rate in options.request_rate]},
         "engines": engines,
         "backends": backends,
         "rows": described,

@@ -15,6 +15,7 @@ from random_llama import Shape, dense_folder, sparse_folder
 from sparse_rt.benchmarking.rows import Row
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
 from sparse_rt.child import in_fresh_process
+from sparse_rt.config import BenchOptions
 from sparse_rt.progress import Progress
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -104,30 +105,63 @@ def test_derived_layouts_are_off_in_one_part_alone():
         assert in_fresh_process("os:getenv", "SPARSE_RT_PACK") == os.environ.get("SPARSE_RT_PACK")
 
 
-def figure(model="0.5", batch=1, ratios=(2.0, 2.0), **changes):
-    """A row as the benchmark writes it, with made-up times."""
-    row = Row("vllm", "decode", "one step", "s", list(ratios), [1.0] * len(ratios), batch=batch, tokens=batch)
+def figure(model="0.5", batch=1, ratios=(2.0, 2.0), phase="decode", what="one step", dense="oneDNN", **changes):
+    """A row as the benchmark writes it, with made-up figures."""
+    row = Row("vllm", phase, what, "s", list(ratios), [1.0] * len(ratios), batch=batch, tokens=batch)
     bench = {"threads": 2, "cores": 2, "processor": "a processor", "packages": {"torch": "2"}, "commit": "abc"}
     bench |= {"date": "2026-01-01T00:00", "busy": [0.0, 0.0], "command": "sparse-rt bench"}
-    bench |= {"engine_settings": {"dense_linear": "oneDNN"}}
+    bench |= {"engine_settings": {"dense_linear": dense}}
     about = {"part": "vllm-decode", "model": model, "parameters": 100, "linear_parameters": 90, "byte_limit": 1.7}
     return {**row.to_dict(), **about, "bench": bench, "error": None, **changes}
+
+
+WEIGHTS = dict(phase="memory", what="weights in the worker", batch=None)
+START = dict(phase="load", what="engine start", batch=None)
 
 
 @pytest.mark.parametrize(
     "row, verdict",
     [
-        (dict(ratios=(1.7, 1.8, 1.9)), "reached"),
-        (dict(ratios=(1.2, 1.2)), "missed by 25%"),
-        (dict(ratios=(1.5, 1.8, 1.9)), "reached, not in every pair"),
-        (dict(model="0.75", ratios=(2.0, 2.0)), "missed by 17%"),
+        (dict(ratios=(1.7, 1.8, 1.9)), "reached, not in every pair"),
+        (dict(ratios=(1.2, 1.2)), "missed by 33%"),
+        (dict(ratios=(1.7, 1.7), dense="zentorch"), "reached"),
+        (dict(model="2:4", batch=4, ratios=(1.3, 1.3)), "reached"),
+        (dict(model="0.7", ratios=(2.0, 2.0)), "missed by 20%"),
+        (dict(model="0.75", batch=4, ratios=(1.55, 1.55), dense="zentorch"), "reached"),
         (dict(batch=16, ratios=(0.96, 0.97)), "reached"),
+        (dict(phase="prefill", ratios=(0.91, 0.91), dense="zentorch"), "reached"),
+        (dict(phase="prefill", ratios=(0.76, 0.76)), "missed by 20%"),
+        (dict(WEIGHTS, ratios=(1.7,)), "reached"),  # 0.588 of dense
+        (dict(WEIGHTS, model="0.75", ratios=(2.5,)), "missed by 10%"),  # 0.4 of dense
+        (dict(START, ratios=(0.8,)), "reached"),
+        (dict(START, ratios=(0.5,)), "missed by 35%"),
     ],
 )
 def test_the_bars_are_those_of_serving(row, verdict):
-    (line,) = [line for line in report.bars([figure(**row)]).splitlines() if line.startswith("| 0")]
+    (line,) = [line for line in report.bars([figure(**row)]).splitlines() if line.startswith(("| 0", "| 2"))]
     assert line.split("|")[-2].strip() == verdict
-    assert report.bars([figure(batch=4), figure(model="0.7", batch=1)]) == ""
+
+
+def test_figures_without_a_bar_are_not_judged():
+    rows = [figure(batch=8), figure(phase="serve"), figure(dense="as vLLM chooses"), figure(engine="hf")]
+    rows += [figure(**WEIGHTS, model="0.7"), figure(**{**WEIGHTS, "what": "engine after one token"})]
+    assert report.bars(rows) == ""
+
+
+def test_each_dense_product_keeps_its_own_figures():
+    text = report.tables([figure(ratios=(3.0,)), figure(ratios=(2.5,), dense="zentorch")])
+    assert "## vllm-decode (dense: oneDNN)" in text and "## vllm-decode (dense: zentorch)" in text
+    assert "3.00x" in text and "2.50x" in text
+
+
+def test_the_sweep_is_a_part_of_its_own():
+    lengths = dict(prompt=8, new=4, prefill=16, train=8)
+    load = dict(request_rate=[4.0, math.inf], num_prompts=5)
+    fields = cpu_end_to_end.part_options("vllm-serve", lengths, [1], 2, load)
+    options = BenchOptions.build(model="model", **fields)
+    assert options.phase == ["serve"] and options.engine == ["vllm"] and options.num_prompts == 5
+    command = cpu_end_to_end.command(options)
+    assert "--request-rate 4.0 --request-rate inf" in command and "--phase serve" in command
 
 
 def test_the_last_figure_counts_and_noise_is_said():

@@ -9,7 +9,7 @@ import torch
 import helpers
 from sparse_rt.benchmarking.rendering import where_sparse_loses
 from sparse_rt.benchmarking.rows import Row
-from sparse_rt.config import BENCH_PHASES, BenchOptions
+from sparse_rt.config import ASKED_PHASES, BENCH_PHASES, BenchOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.report import duration, markdown_table, quantity, size
 from sparse_rt.workflows.bench import bench, table_rows
@@ -48,7 +48,7 @@ def rows_of(result, phase):
 
 def test_every_phase_has_both_sides(whole_run):
     result, _ = whole_run
-    assert {row["phase"] for row in result["rows"]} == set(BENCH_PHASES)
+    assert {row["phase"] for row in result["rows"]} == set(BENCH_PHASES) - set(ASKED_PHASES)
     for row in result["rows"]:
         assert len(row["dense"]["samples"]) == len(row["sparse"]["samples"]) == 1
         assert all(sample > 0 for side in ("dense", "sparse") for sample in row[side]["samples"]), row
@@ -115,12 +115,16 @@ def test_a_low_threshold_passes(sparse, dense):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(phase=["speed"]), "'disk', 'load', 'memory', 'prefill', 'decode' or 'train'"),
+        (dict(phase=["speed"]), "'disk', 'load', 'memory', 'prefill', 'decode', 'train' or 'serve'"),
         (dict(engine=["tensorrt"]), "'hf', 'vllm' or 'onnx'"),
         (dict(batch=[0]), "at least 1"),
         (dict(prompt_tokens=250, new_tokens=20), "256 positions"),
         (dict(phase=["disk"], fail_below=1.0), "--fail-below judges prefill, decode, train"),
         (dict(phase=["train"], engine=["onnx"]), "measures train; add --engine hf"),
+        (dict(phase=["serve"], engine=["hf", "onnx"]), "measures serve; add --engine vllm"),
+        (dict(phase=["serve"], engine=["vllm"], prompt_tokens=250, new_tokens=20), "256 positions"),
+        (dict(request_rate=[4.0, 0.0]), "above 0, or inf"),
+        (dict(request_rate=[float("nan")]), "above 0, or inf"),
     ],
 )
 def test_bad_requests_say_what_is_allowed(sparse, dense, changes, message):
