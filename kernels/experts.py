@@ -42,8 +42,8 @@ _FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu2": lambda x: F.relu(x).square(),
 }
-_PLAIN = "_no_mul"
-ACTIVATIONS = (*(name for name in _FUNCTIONS if name != "relu2"), *(f"{name}{_PLAIN}" for name in _FUNCTIONS))
+PLAIN = "_no_mul"
+ACTIVATIONS = (*(name for name in _FUNCTIONS if name != "relu2"), *(f"{name}{PLAIN}" for name in _FUNCTIONS))
 
 
 def experts(
@@ -86,12 +86,12 @@ def is_gated(activation: str) -> bool:
     """Whether the activation multiplies a gate with a projection; ``UserError`` for an unknown one."""
     if activation not in ACTIVATIONS:
         raise UserError(f"experts with the activation {activation!r} are not supported; known are {ACTIVATIONS}")
-    return not activation.endswith(_PLAIN)
+    return not activation.endswith(PLAIN)
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
     """h [..., 2 i] -> [..., i], or [..., i] -> [..., i] without a gate; every step rounded to the dtype of h."""
-    function = _FUNCTIONS[activation.removesuffix(_PLAIN)]
+    function = _FUNCTIONS[activation.removesuffix(PLAIN)]
     if not is_gated(activation):
         return function(h)
     gate, up = h.chunk(2, -1)

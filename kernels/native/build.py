@@ -148,7 +148,7 @@ def locked(path: Path) -> Iterator[None]:
 def compile_library(compiler: list[str], flags: list[str], sources: list[Path], target: Path) -> None:
     """Compile to a temporary name beside ``target`` and rename; a killed compiler leaves nothing that is loaded."""
     temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp")
-    command = [*compiler, *flags, "-o", str(temporary), *map(str, sources), "-lpthread"]
+    command = [*compiler, *flags, "-o", str(temporary), *map(str, sources), "-lpthread", "-lm"]
     try:
         done = run_compiler(command)
         if done.returncode != 0:

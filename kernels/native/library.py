@@ -52,6 +52,7 @@ SIGNATURES = {
     "srt_packed_unmake": "i = plll ppp i",
     "srt_packed_workspace": "l = pl",
     "srt_packed_linear": "i = plll pll ppl pi",
+    "srt_packed_experts": "i = pllli ppil plp plp lliippi",
     "srt_torch_register": "i = p",
     "srt_torch_unregister": "v = ",
     "srt_advise_huge": "v = pl",

@@ -14,7 +14,7 @@ from sparse_rt.errors import BackendError
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.native import library, torch_op
 
-WORK_BYTES = 64 << 20  # csrc/packed.c
+WORK_BYTES = 64 << 20  # csrc/product.c
 
 
 def owners(tensor):

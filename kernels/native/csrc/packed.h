@@ -18,6 +18,7 @@
 
 #include <stdint.h>
 
+#include "activation.h"
 #include "numbers.h"
 
 enum { SRT_BITMASK, SRT_PAIRS, SRT_SLOTS };
@@ -98,6 +99,8 @@ typedef struct {
     /* y[rows] in dtype = tile + bias (NULL: none). */
     void (*store)(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
     srt_x_packer *x_pack;
+    srt_activation *activate;
+    srt_scaled_sum *add_scaled;
 } srt_tiles;
 
 extern const srt_tiles srt_tiles_scalar;

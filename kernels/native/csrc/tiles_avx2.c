@@ -181,5 +181,7 @@ const srt_tiles srt_tiles_avx2 = {
                 }},
     .store = srt_scalar_store,
     .x_pack = srt_x_pack,
+    .activate = srt_activate,
+    .add_scaled = srt_add_scaled,
 };
 #endif

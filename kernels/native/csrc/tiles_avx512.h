@@ -41,6 +41,8 @@ SRT_EXPAND(srt_expand_doubles, "vpexpandd", __mmask16)
 srt_tile srt_avx512_bitmask_bf16, srt_avx512_bitmask_fp16, srt_avx512_bitmask_fp32;
 extern const srt_dense srt_avx512_dense_bf16, srt_avx512_dense_fp16, srt_avx512_dense_fp32;
 srt_x_packer srt_avx512_x_pack;
+srt_activation srt_avx512_activate;
+srt_scaled_sum srt_avx512_add_scaled;
 void srt_avx512_store(const float *tile, const void *bias, void *y, int64_t rows, int dtype);
 
 #endif

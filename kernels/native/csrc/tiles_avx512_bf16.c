@@ -253,5 +253,7 @@ const srt_tiles srt_tiles_avx512_bf16 = {
     },
     .store = srt_avx512_store,
     .x_pack = srt_avx512_x_pack,
+    .activate = srt_avx512_activate,
+    .add_scaled = srt_avx512_add_scaled,
 };
 #endif

@@ -46,4 +46,6 @@ const srt_tiles srt_tiles_scalar = {
                 }},
     .store = srt_scalar_store,
     .x_pack = srt_x_pack,
+    .activate = srt_activate,
+    .add_scaled = srt_add_scaled,
 };

@@ -8,20 +8,18 @@
  * headers nor a C++ compiler are needed. Two C++ functions have no C counterpart in every release that we support: the one
  * that raises an exception and the one that says how many threads there are.
  */
-#include <pthread.h>
 #include <stdbool.h>
 #include <stdio.h>
-#include <stdlib.h>
 
+#include "buffer.h"
 #include "packed.h"
-#include "pages.h"
 #include "product.h"
 
 typedef void *tensor; /* AtenTensorHandle */
 typedef uint64_t value; /* StableIValue: an integer, a tensor, or for an optional NULL or the address of a value */
 typedef void kernel(value *stack, uint64_t inputs, uint64_t outputs);
 
-enum { MAX_DIMS = 64, ALIGNMENT = 64, HUGE_PAGE = 2 << 20 };
+enum { MAX_DIMS = 64 };
 
 /* The functions of torch, in the order of NAMES in torch_op.py. */
 static struct {
@@ -48,34 +46,6 @@ static struct {
     void (*raise)(const char *function, const char *file, uint32_t line, const char *message);
     void (*delete_value)(value *);
 } torch;
-
-/* ---- the buffer for x ----------------------------------------------------------------------------------------- */
-
-static __thread struct {
-    char *start;
-    int64_t bytes;
-} buffer;
-static pthread_key_t at_thread_exit;
-
-static void free_buffer(void *start) { free(start); }
-
-/* This thread's, of at least so many bytes; NULL where there is no memory. It grows and stays: fresh pages would cost more
- * than what is written to them, and srt_packed_workspace is bounded. */
-static char *buffer_of(int64_t bytes)
-{
-    if (bytes > buffer.bytes) {
-        free(buffer.start);
-        buffer.bytes = 0;
-        int64_t alignment = bytes < HUGE_PAGE ? ALIGNMENT : HUGE_PAGE;
-        buffer.start = aligned_alloc((size_t)alignment, (size_t)srt_round_up(bytes, alignment));
-        if (buffer.start)
-            srt_advise_huge(buffer.start, bytes);
-        pthread_setspecific(at_thread_exit, buffer.start);
-        if (buffer.start)
-            buffer.bytes = bytes;
-    }
-    return buffer.start;
-}
 
 /* ---- operands ------------------------------------------------------------------------------------------------- */
 
@@ -250,7 +220,7 @@ static tensor multiply(call *c)
         strides[i] = step;
         step *= sizes[i] > 1 ? sizes[i] : 1;
     }
-    char *work = buffer_of(srt_packed_workspace(c->weight, c->tokens));
+    char *work = srt_thread_buffer(srt_packed_workspace(c->weight, c->tokens));
     torch.get_dtype(c->x, &dtype);
     if (!work && c->tokens * c->n > 0) {
         snprintf(c->error, sizeof c->error, "packed_linear: there is no memory for %lld tokens", (long long)c->tokens);
@@ -295,7 +265,7 @@ static void *registered;
 /* Puts the kernel under both operators; `functions` are as many addresses as the table above has. 0, or -1. */
 EXPORT int srt_torch_register(void *const *functions)
 {
-    if (registered || pthread_key_create(&at_thread_exit, free_buffer) != 0)
+    if (registered)
         return -1;
     for (size_t i = 0; i < sizeof torch / sizeof(void *); i++)
         ((void **)&torch)[i] = functions[i];
