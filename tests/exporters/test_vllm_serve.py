@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import vllm_server
 from safetensors.torch import load_file, save_file
 
 import helpers
+import legacy_folders
+import vllm_server
 from sparse_rt.checkpoint import read_header, sparse_header
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
@@ -125,45 +126,29 @@ def test_a_dense_folder_is_served_only_when_asked_for(quiet, dense_llama):
     assert argv[-2:] == ["--quantization", "sparse_rt"]
 
 
-def test_a_sparse_compressed_tensors_folder_is_served_as_it_is(quiet, dense_llama, tmp_path):
-    folder = compressed_tensors(dense_llama, tmp_path / "old")
-    argv, _ = serve_command(str(folder), [])
-    assert argv[4] == str(folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["config_groups"] = {"group_0": {"weights": {"num_bits": 8}}}
-    (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("kind", legacy_folders.KINDS)
+def test_a_sparse_compressed_tensors_folder_is_served_as_it_is(quiet, dense_llama, tmp_path, kind):
+    legacy_folders.compressed_tensors_folder(dense_llama, tmp_path / "old", kind)
+    argv, _ = serve_command(str(tmp_path / "old"), [])
+    assert argv[4] == str(tmp_path / "old")
+
+
+def test_sparse_and_quantized_at_once_is_refused(quiet, dense_llama, tmp_path):
+    groups = {"group_0": {"weights": {"num_bits": 8}}}
+    legacy_folders.compressed_tensors_folder(dense_llama, tmp_path / "old", "sparse-bitmask", config_groups=groups)
     with pytest.raises(UserError, match="sparse .* and quantized"):
-        serve_command(str(folder), [])
+        serve_command(str(tmp_path / "old"), [])
 
 
-def compressed_tensors(source: Path, output: Path) -> Path:
-    """``source`` with one weight as sparse-bitmask stores it."""
-    shutil.copytree(source, output)
-    (file,) = output.glob("*.safetensors")
-    tensors = load_file(file)
-    weight = tensors.pop(f"{LAYER}.weight")
-    mask = torch.rand(weight.shape) > 0.5
-    fmt = get_format("unstructured")
-    values, bits = fmt.compress(weight * mask, mask)
-    tensors |= {f"{LAYER}.compressed": values, f"{LAYER}.bitmask": bits, f"{LAYER}.shape": torch.tensor(weight.shape)}
-    save_file(tensors, file)
-    config = json.loads((output / "config.json").read_text())
-    sparsity = {"format": "sparse-bitmask", "sparsity_structure": "unstructured", "targets": ["Linear"]}
-    config["quantization_config"] = {"quant_method": "compressed-tensors", "sparsity_config": sparsity}
-    (output / "config.json").write_text(json.dumps(config))
-    return output
-
-
-def damaged(source: Path, output: Path, change, index: bool = True) -> Path:
+def damaged(source: Path, output: Path, change) -> Path:
     """A copy whose tensors and described weights went through ``change(tensors, weights)``; the index fits them."""
     shutil.copytree(source, output)
     (file,) = output.glob("*.safetensors")
     tensors, weights = load_file(file), read_header(file).sparse()["weights"]
     change(tensors, weights)
     save_file(tensors, file, metadata=sparse_header(weights))
-    if index:
-        (listed,) = output.glob("*.index.json")
-        listed.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
+    (index,) = output.glob("*.index.json")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
     return output
 
 
