@@ -53,6 +53,9 @@ def show_gpus(result: dict) -> None:
     found = result["gpu_dispatch"]
     facts = [("rule", found["rule"]), ("setting", f"{found['setting'] or 'none'}; {found['settings']}")]
     facts.append(("cuSPARSELt", found["cusparselt"]))
+    facts += [
+        (kernel, f"their kernel for any number of tokens; {said}") for kernel, said in found["always_used"].items()
+    ]
     show(table("GPU kernels", ["", ""], facts))
     if not result["gpus"]:
         return

@@ -15,6 +15,9 @@ float16; float32 products take the dense way. A GPU without a file has the rows 
 ``replaces`` of cuSPARSELt: its form is the only one of the weight, 1.25 bytes a weight with the metadata, and serves
 every number of tokens; false: it is a second form beside that of mma_sp, 2.25 bytes a weight in all.
 
+Of that rule ``ALWAYS_USED`` names the exceptions: kernels without such a way beside them. No table and no word switches
+them off (``SPARSE_RT_BACKEND=reference`` does).
+
 ``SPARSE_RT_GPU_KERNELS`` changes this for a process: words with commas between them, applied from left to right.
 
     measured     what the file of the GPU says (the default)
@@ -92,6 +95,12 @@ KERNELS = {
     "rank_products": Kernel("gradients of MaskLoRA, reduced in the tiles of dY^T X", ALWAYS),
     "positions_grad": Kernel("dY^T X at chosen positions, and where it is largest (SEFT)", ALWAYS),
     "scale_columns": Kernel("columns of an activation times a trained vector, and its gradient (DCFT)", ALWAYS),
+}
+
+# Kernel -> what it makes, and why nothing takes its place.
+ALWAYS_USED = {
+    "experts": "y of a mixture of experts from values and metadata; the dense ways ask the device which experts were "
+    "chosen, which no CUDA graph can, or expand all of them at every step"
 }
 
 _forced: frozenset[str] | None = None

@@ -3,7 +3,8 @@
 The dispatch rule is conservative: products expand the weight into scratch and leave the rest to the dense GEMM, which
 then runs at its full speed, and gradients at the kept positions are gathered from a dense one, a block of rows at a
 time. The kernels that decode tiles, and those that keep what is wanted of a tile of dY^T X, take their place where they
-were measured to be faster on this GPU (``dispatch``); nothing here waits for the device.
+were measured to be faster on this GPU (``dispatch``); experts have no such way beside their kernel. Nothing here waits
+for the device.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_rt.errors import BackendError
 from sparse_rt.formats import get_format, is_pattern
 from sparse_rt.kernels import scratch
 from sparse_rt.kernels.backends import Call, register_backend
@@ -43,12 +45,17 @@ def can_run(call: Call) -> str | None:
     if call.dtype not in DTYPES:
         dtype = str(call.dtype).removeprefix("torch.")
         return f"the Triton kernels multiply bfloat16, float16 and float32, not {dtype}"
-    if not is_pattern(call.pattern):
-        return f"unknown pattern {call.pattern!r}"
-    metadata_name = get_format(call.pattern).metadata_name
+    return unreadable(call.pattern) or unavailable_reason()
+
+
+def unreadable(pattern: str) -> str | None:
+    """Why no kernel reads weights of ``pattern``, or None."""
+    if not is_pattern(pattern):
+        return f"unknown pattern {pattern!r}"
+    metadata_name = get_format(pattern).metadata_name
     if metadata_name not in ("weight_meta", "weight_bitmask"):
         return f"the Triton kernels read weight_meta and weight_bitmask, not {metadata_name}"
-    return unavailable_reason()
+    return None
 
 
 @functools.cache
@@ -117,6 +124,34 @@ def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values
     from sparse_rt.kernels.triton import decompress as kernels
 
     return kernels.gather(dense, metadata, pattern, m, n, values_like)
+
+
+@register_backend("experts", name="triton", priority=PRIORITY, can_run=can_run)
+@torch.no_grad()
+def experts(
+    x: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    up_values: Tensor,
+    up_metadata: Tensor,
+    down_values: Tensor,
+    down_metadata: Tensor,
+    up_pattern: str,
+    down_pattern: str,
+    experts: int,
+    intermediate: int,
+    activation: str,
+) -> Tensor:
+    """The grouped kernel for any number of tokens, measured or not: see ``dispatch.ALWAYS_USED``."""
+    from sparse_rt.kernels.triton import experts as kernels
+
+    reason = unreadable(down_pattern)
+    if reason is not None:
+        raise BackendError(f"experts with the down_pattern: {reason}; SPARSE_RT_BACKEND=reference runs them")
+    return kernels.experts(
+        *(x, weights, ids, up_values, up_metadata, down_values, down_metadata),
+        *(up_pattern, down_pattern, experts, intermediate, activation),
+    )
 
 
 def _expanded(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, dtype: torch.dtype) -> Tensor:

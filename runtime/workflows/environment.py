@@ -88,7 +88,8 @@ def gpu_dispatch() -> dict[str, Any]:
     else:
         rule = (
             f"{'not measured' if torch.cuda.is_available() else 'no GPU here; on one that was not measured'}: every "
-            "product forms the dense weight once and leaves the rest to cuBLAS, and weights stay as they are stored; "
+            "product forms the dense weight once and leaves the rest to cuBLAS, and weights stay as they are stored "
+            f"(but {', '.join(dispatch.ALWAYS_USED)}: their kernel is used everywhere, measured or not); "
             "measure with: python benchmarks/gpu_suite.py --output results --install"
         )
     rows = []
@@ -104,6 +105,9 @@ def gpu_dispatch() -> dict[str, Any]:
         "settings": f"{dispatch.VARIABLE} = {dispatch.WORDS}",
         "cusparselt": cslt.unavailable_reason() or "available",
         "kernels": rows,
+        "always_used": {
+            kernel: (about or {}).get(kernel, "not measured on this GPU") for kernel in dispatch.ALWAYS_USED
+        },
     }
 
 

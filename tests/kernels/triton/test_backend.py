@@ -11,7 +11,7 @@ from sparse_rt.kernels import backends
 from sparse_rt.kernels.backends import Call
 from sparse_rt.kernels.triton import ops
 
-OPS = ("linear", "linear_t", "values_grad", "decompress", "gather")
+OPS = ("linear", "linear_t", "values_grad", "decompress", "gather", "experts")
 
 
 @pytest.fixture(autouse=True)
