@@ -6,6 +6,7 @@ The server runs under a ``Child``: that ends it when this process closes it, rai
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import http.client
 import os
 import re
@@ -25,7 +26,8 @@ from sparse_rt.errors import SparseRTError
 MODULE = "vllm.entrypoints.openai.api_server"
 HOST = "127.0.0.1"
 SERVED_NAME = "model"
-START_SECONDS, STOP_SECONDS, LOOK_SECONDS = 1800.0, 30.0, 0.5
+START_SECONDS, STOP_SECONDS, REAP_SECONDS, LOOK_SECONDS = 1800.0, 30.0, 5.0, 0.5
+SET_CHILD_SUBREAPER = 36  # of Linux's prctl
 LAST_LINES = 4
 # "(EngineCore pid=12) ERROR 11-25 17:22:55 [core.py:380] " before the text, all of it or a part.
 PREFIX = re.compile(r"^(?:\([^)]* pid=\d+\) ?)?(?:(?P<level>[A-Z]+) \d\d-\d\d [\d:]+ \[[^\]]*\] ?)?")
@@ -92,6 +94,7 @@ class ServerProcess:
         self._scratch = tempfile.TemporaryDirectory(prefix="sparse-rt-server-")
         self._log = Path(self._scratch.name, "log.txt")
         with self._log.open("w") as log:
+            adopt_orphans()
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def ended(self) -> str | None:
@@ -115,7 +118,27 @@ class ServerProcess:
             with contextlib.suppress(ProcessLookupError):  # it ended since the listing
                 os.kill(pid, signal.SIGKILL)
         self._process.wait()
+        reap()
         self._scratch.cleanup()
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes below this one whose own parent ends before them, where the system can.
+
+    A worker of vLLM is one. Only who waits for a process gets its processor time added to that of its children, and
+    what is not there is taken for the work of others (``machine.Neighbours``).
+    """
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap() -> None:
+    """Wait for every child of this process that has ended or is about to."""
+    end = time.monotonic() + REAP_SECONDS
+    with contextlib.suppress(ChildProcessError):  # none is left
+        while time.monotonic() < end:
+            if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                time.sleep(0.02)
 
 
 def answers(port: int) -> bool:

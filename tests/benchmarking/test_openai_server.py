@@ -11,7 +11,7 @@ import pytest
 
 from sparse_rt.benchmarking import openai_server
 from sparse_rt.benchmarking.openai_server import OpenAIServer, cause, compute_cores
-from sparse_rt.benchmarking.processes import session_members
+from sparse_rt.benchmarking.processes import processor_seconds, session_members
 from sparse_rt.errors import SparseRTError
 
 # Stands for vLLM's module: healthy at once, with a process of its own, unless its arguments say otherwise.
@@ -24,7 +24,7 @@ if "--die" in sys.argv:
 if "--mute" in sys.argv:
     print("still reading", flush=True)
     time.sleep(600)
-subprocess.Popen(["sleep", "600"])
+subprocess.Popen(["sh", "-c", "while true; do true; done"] if "--burn" in sys.argv else ["sleep", "600"])
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200)
@@ -64,6 +64,19 @@ def test_a_healthy_server_ends_with_everything_it_started(environment):
         assert len(session_members(server.session)) == 3  # the process that watches it, the server, its own process
     assert wait_until_gone(server.session) == []
     assert not openai_server.answers(server.port)
+
+
+def test_the_processor_time_of_everything_it_started_counts_as_ours(environment):
+    """Otherwise a report would take a worker for a neighbour and call its own figures noisy."""
+
+    def of_children():
+        return os.times().children_user + os.times().children_system
+
+    before = of_children()
+    with OpenAIServer(Path("folder"), ["--burn"], environment) as server:
+        while (used := processor_seconds(server.session)) < 1:
+            time.sleep(0.1)
+    assert of_children() - before >= used
 
 
 def test_a_server_that_dies_at_the_start_gives_its_cause(environment):
