@@ -18,6 +18,7 @@ from sparse_rt.kernels.native.ops import can_run
 ALIGNMENT = 64
 # In the order of csrc/activation.h.
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu2")
+_IDS = (torch.int32, torch.int64)
 
 Pair = tuple[Tensor, Tensor]
 
@@ -55,14 +56,15 @@ def packed_experts(
     tokens, hidden = x.shape
     if x.stride(1) != 1:
         x = x.contiguous()
-    weights, ids = weights.float().contiguous(), ids.contiguous()
-    up_spans, down_spans = up_spans.contiguous(), down_spans.contiguous()
+    if weights.dtype != torch.float32:
+        weights = weights.float()
+    weights, ids = _contiguous(weights), _contiguous(ids)
     y, culprit = torch.empty((tokens, hidden), dtype=x.dtype), ctypes.c_int64()
     found = library.load().handle.srt_packed_experts(
         *(x.data_ptr(), x.stride(0), tokens, hidden, NUMBERS[x.dtype]),
         *(weights.data_ptr(), ids.data_ptr(), ids.element_size(), ids.shape[1]),
         *(up.data_ptr(), up.numel(), up_spans.data_ptr(), down.data_ptr(), down.numel(), down_spans.data_ptr()),
-        *(len(up_spans), intermediate, FUNCTIONS.index(activation.removesuffix(PLAIN)), gated),
+        *(up_spans.shape[0], intermediate, FUNCTIONS.index(activation.removesuffix(PLAIN)), gated),
         *(y.data_ptr(), ctypes.addressof(culprit), torch.get_num_threads()),
     )
     if found != 0:
@@ -71,30 +73,39 @@ def packed_experts(
     return y
 
 
+def _contiguous(tensor: Tensor) -> Tensor:
+    """Without torch's dispatcher where there is nothing to do: a token has a call for every layer, with cold caches."""
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
+
+
 def _check(x: Tensor, weights: Tensor, ids: Tensor, packed: Pair, spans: Pair, intermediate: int) -> None:
     """What the C side takes on trust: devices, dtypes and shapes."""
-    others = {tensor.device.type for tensor in (x, weights, ids, *packed, *spans)} - {"cpu"}
-    if others:
-        raise UserError(f"packed_experts: every tensor must be on the CPU, there are some on {', '.join(others)}")
+    up, down = packed
+    up_spans, down_spans = spans
+    if not (x.is_cpu and weights.is_cpu and ids.is_cpu and up.is_cpu and down.is_cpu):
+        raise UserError("packed_experts: the native kernels need every tensor on the CPU")
     if x.dim() != 2 or x.dtype not in NUMBERS or x.shape[1] < 1 or intermediate < 1:
         raise UserError(
             f"packed_experts: x is [tokens, hidden] of bfloat16, float16 or float32, got {short(x.dtype)} "
             f"{tuple(x.shape)} and an intermediate size of {intermediate}"
         )
-    routed = ids.dim() == 2 and len(ids) == len(x) and ids.shape == weights.shape
-    if not routed or ids.dtype not in (torch.int32, torch.int64):
+    if ids.dtype not in _IDS or ids.dim() != 2 or ids.shape[0] != x.shape[0] or ids.shape != weights.shape:
         raise UserError(
             f"packed_experts: {len(x)} tokens have weights [{len(x)}, k] and int32 or int64 ids [{len(x)}, k], "
             f"got {tuple(weights.shape)} and {short(ids.dtype)} {tuple(ids.shape)}"
         )
-    if any(part.dtype != torch.uint8 or part.dim() != 1 or not part.is_contiguous() for part in packed):
-        raise UserError("packed_experts: packed weights are contiguous uint8 [bytes], as sparse_rt's join makes them")
-    if spans[0].shape != spans[1].shape or any(
-        part.dtype != torch.int64 or part.dim() != 2 or part.shape[1] != 2 for part in spans
-    ):
+    if not (_is_list(up, torch.uint8, 1) and _is_list(down, torch.uint8, 1)):
+        raise UserError("packed_experts: packed weights are contiguous uint8 [bytes], as ``join`` makes them")
+    same = _is_list(up_spans, torch.int64, 2) and _is_list(down_spans, torch.int64, 2)
+    if not same or up_spans.shape != down_spans.shape or up_spans.shape[1] != 2:
         raise UserError(
-            f"packed_experts: spans are int64 [experts, 2], got {tuple(spans[0].shape)} and {tuple(spans[1].shape)}"
+            f"packed_experts: spans are contiguous int64 [experts, 2] on the CPU, got {short(up_spans.dtype)} "
+            f"{tuple(up_spans.shape)} and {short(down_spans.dtype)} {tuple(down_spans.shape)}"
         )
+
+
+def _is_list(tensor: Tensor, dtype: torch.dtype, dim: int) -> bool:
+    return tensor.dtype == dtype and tensor.dim() == dim and tensor.is_contiguous() and tensor.is_cpu
 
 
 def _refusal(

@@ -330,8 +330,8 @@ def test_weights_of_another_shape_or_dtype_are_refused():
         ({"weights": torch.zeros(4, 3)}, r"4 tokens have weights \[4, k\]"),
         ({"ids": torch.zeros(4, 2, dtype=torch.int16)}, "int32 or int64 ids"),
         ({"up": torch.zeros(64)}, "packed weights are contiguous uint8"),
-        ({"up_spans": torch.zeros(5, 2)}, r"spans are int64 \[experts, 2\]"),
-        ({"down_spans": torch.zeros(4, 2, dtype=torch.int64)}, r"got \(5, 2\) and \(4, 2\)"),
+        ({"up_spans": torch.zeros(5, 2)}, r"spans are contiguous int64 \[experts, 2\]"),
+        ({"down_spans": torch.zeros(4, 2, dtype=torch.int64)}, r"got int64 \(5, 2\) and int64 \(4, 2\)"),
         ({"intermediate": 0}, "an intermediate size of 0"),
     ],
 )
