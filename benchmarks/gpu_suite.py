@@ -10,9 +10,9 @@ Needs torch >= 2.11, Triton >= 3.6, transformers, and nothing else but this repo
 
 First every kernel is compared with float64 on the GPU (gpu_suite_checks.py), several groups of checks side by side.
 Then layers are timed against cuBLAS in the same run (gpu_suite_speed.py), training steps against what they replace
-(gpu_suite_cost.py), and a model generates (gpu_suite_generate.py). The most important shapes come first; what the time
-does not suffice for is reported as skipped. A measurement appears only if the result that was timed had been compared
-with float64.
+(gpu_suite_cost.py), experts against dense ones (gpu_suite_experts.py), and a model generates (gpu_suite_generate.py).
+The most important shapes come first; what the time does not suffice for is reported as skipped. A measurement appears
+only if the result that was timed had been compared with float64.
 
 Checks and timings force every kernel and the way without it, whatever the dispatch table of this GPU says. From what
 was timed DIR/<gpu>.json is made (gpu_suite_table.py): the table that says for which products a kernel is used. The
@@ -44,20 +44,25 @@ import gpu_suite_table
 
 # Group -> share of the time after which it ends at the latest. Checks run side by side, then the others in this order.
 CHECKS = dict.fromkeys(
-    ("ops-2:4", "ops-unstructured", "ops-4:8", "packed-2:4", "packed-unstructured", "gradients", "whole"), 0.35
+    (
+        *("ops-2:4", "ops-unstructured", "ops-4:8", "packed-2:4", "packed-unstructured"),
+        *("gradients", "experts-checks", "whole"),
+    ),
+    0.35,
 )
 SPEED = {
-    "decode": 0.47,
-    "prefill": 0.56,
-    "training": 0.63,
-    "cost": 0.72,
-    "generate": 0.86,
-    "decode-more": 0.93,
+    "decode": 0.46,
+    "prefill": 0.55,
+    "training": 0.62,
+    "cost": 0.70,
+    "experts": 0.77,
+    "generate": 0.89,
+    "decode-more": 0.94,
     "prefill-more": 0.97,
     "training-more": 1.0,
 }
 FIRST, MORE = ("Llama-3-8B",), ("Llama-3.2-1B", "Llama-3-70B")
-SIDE_BY_SIDE = 7
+SIDE_BY_SIDE = 8
 GRACE = 20.0  # seconds beyond its deadline after which a process is ended
 MAX_RESTARTS = 30
 BROKEN = 70  # exit status of a worker whose GPU context is spoiled
@@ -76,6 +81,8 @@ def task_lists() -> dict[str, Callable]:
         found[kind], found[f"{kind}-more"] = speed.tasks(kind, FIRST), speed.tasks(kind, MORE)
     cost = importlib.import_module("gpu_suite_cost")
     found["cost"] = partial(cost.tasks, models=("Llama-3-8B", "Llama-3.2-1B"))
+    experts = importlib.import_module("gpu_suite_experts")
+    found |= {"experts-checks": experts.check_tasks, "experts": experts.tasks}
     return {"environment": checks.environment, **found, GENERATE: generate.tasks}
 
 

@@ -61,6 +61,7 @@ BARS = (
     Bar("training step, unstructured", 0.9, _training(False)),
 )
 BAR_MODEL = "Llama-3-8B"
+DENSE_EXPERTS = ("loop", "grouped")  # gpu_suite_experts.py
 BASELINES = ("official_spp", "lora", "masked_dense")  # of training costs, training_cost_baselines.py
 
 
@@ -76,7 +77,7 @@ def report(rows: Rows) -> str:
         parts.append(training([row for row in good if row["kind"] == "training" and row["path"] == path], path))
     for path in sorted({row["path"] for row in good if row["kind"] == "cost"}):
         parts.append(cost([row for row in good if row["kind"] == "cost" and row["path"] == path], path))
-    parts += [generation(good), slower(good), errors(rows), skipped(rows)]
+    parts += [experts(good), generation(good), slower(good), errors(rows), skipped(rows)]
     return "\n".join(part for part in parts if part)
 
 
@@ -173,6 +174,28 @@ def cost(rows: Rows, path: str) -> str:
     columns = ("layer", "tokens>", "weight", "us>", "official SPP>", "LoRA>", "masked dense>", "without kernel>")
     table = markdown_table((*columns, "peak MB official SPP>", "LoRA>", "this>"), lines)
     return f"## Cost of a training step, {path}: time of each / time of this\n\n{table}"
+
+
+def experts(rows: Rows) -> str:
+    """Mixtures of experts against both dense ways."""
+    lines = []
+    for row in rows:
+        if row["kind"] == "experts":
+            dense, ratios = row["baseline_us"], row["ratios"]
+            lines.append(
+                (
+                    *(row["model"], row["layer"], row["tokens"], row["chosen_experts"], cell(row)),
+                    f"{row['us']['sparse']['median']:.1f}",
+                    *(f"{dense[name]['median']:.1f}" if name in dense else "" for name in DENSE_EXPERTS),
+                    *(f"{ratios[name]['median']:.2f}" if name in ratios else "" for name in DENSE_EXPERTS),
+                    f"{row['sparse_bytes'] / row['dense_bytes']:.2f}",
+                )
+            )
+    if not lines:
+        return ""
+    columns = ("model", "layer", "tokens>", "chosen>", "weight", "us>", "loop us>", "grouped us>")
+    table = markdown_table((*columns, "loop / sparse>", "grouped / sparse>", "weight bytes>"), lines)
+    return f"## Experts: dense products in a loop, torch's grouped product, and the kernel\n\n{table}"
 
 
 def generation(rows: Rows) -> str:

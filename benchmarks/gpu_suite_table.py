@@ -11,6 +11,8 @@ for a sparsity hold from one hundredth below it up to the next one.
 cuSPARSELt needs a form of its own. It replaces all others where it won at every measured number of tokens and no other
 kernel was faster; otherwise it is a second form beside mma_sp, 2.25 bytes a weight against the 2 of the dense one, and
 is taken only where it won by ``SECOND_FORM_GAIN``. Whoever commits the table decides whether that is wanted.
+
+Experts have no row: nothing can take the place of their kernel. What was measured of them stands beside the versions.
 """
 
 from __future__ import annotations
@@ -54,6 +56,7 @@ def table(rows: list[Row]) -> Row:
         "triton": environment.get("triton"),
         "cuda": environment.get("cuda"),
         "commit": environment.get("commit"),
+        "experts": experts_said(rows),
     }
     points = measured_points(rows)
     found = {kernel: kernel_rows(kernel, points) for kernel in dispatch.KERNELS if kernel != "cslt"}
@@ -64,6 +67,19 @@ def table(rows: list[Row]) -> Row:
         "dispatch": {kernel: found[kernel] or [{"tokens": 0}] for kernel in dispatch.KERNELS},
         "measured": {name: value for name, value in about.items() if value},
     }
+
+
+def experts_said(rows: list[Row]) -> str | None:
+    """What was measured of experts, in words: their kernel is used whatever it is (``dispatch.ALWAYS_USED``)."""
+    ratios = [
+        row["ratio"]["median"] for row in rows if row["kind"] == "experts" and "us" in row and not row.get("error")
+    ]
+    if not ratios:
+        return None
+    mean, cells = statistics.geometric_mean(ratios), f"{len(ratios)} layers and numbers of tokens"
+    return (
+        f"time of dense experts / time of compressed ones {mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f}; {cells})"
+    )
 
 
 def measured_points(rows: list[Row]) -> dict[tuple, dict[tuple[int, int], bool]]:

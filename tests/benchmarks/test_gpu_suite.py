@@ -22,7 +22,10 @@ def dry_run(tmp_path_factory) -> tuple[list[dict], str]:
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("suite")
     command = [sys.executable, "benchmarks/gpu_suite.py", "--output", str(folder), "--dry-run", "--device", "cpu"]
-    for group in ("ops-2:4", "ops-unstructured", "gradients", "packed-2:4", "decode", "training", "cost", "generate"):
+    for group in (
+        *("ops-2:4", "ops-unstructured", "gradients", "packed-2:4", "experts-checks"),
+        *("decode", "training", "cost", "experts", "generate"),
+    ):
         command += ["--group", group]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in (folder / gpu_suite.ROWS).read_text().splitlines()]
@@ -51,7 +54,7 @@ def test_the_package_is_found_in_the_checkout():
 def test_every_part_writes_checked_rows(dry_run):
     rows, _ = dry_run
     kinds = {row["kind"] for row in rows}
-    assert {"environment", "check", "decode", "training", "dx", "cost", "generate", "done"} <= kinds
+    assert {"environment", "check", "decode", "training", "dx", "cost", "experts", "generate", "done"} <= kinds
     assert not [row for row in rows if row.get("error")]
     for row in rows:
         if row["kind"] in ("decode", "training"):
@@ -79,6 +82,19 @@ def test_training_costs_are_compared_with_three_dense_baselines(dry_run):
         assert set(row["ratios"]) == set(row["baseline_us"]) == {"official_spp", "lora", "masked_dense"}
         assert row["scratch_ratio"]["median"] > 0, "beside the way of an unmeasured GPU"
         assert row["rms"]["sparse"] < 1e-2
+
+
+def test_experts_are_compared_with_two_dense_ways(dry_run):
+    rows = [row for row in dry_run[0] if row["kind"] == "experts"]
+    assert {row["pattern"] for row in rows} == {"2:4", "unstructured"}
+    for row in rows:
+        gpu_common.check_error(row["rms"]["sparse"], row["rms"]["dense"], torch.bfloat16)
+        assert set(row["ratios"]) == set(row["baseline_us"]) == {"loop", "grouped"}
+        assert row["us"]["dense"] == row["baseline_us"][row["fastest"]], "beside the faster of them"
+        assert row["sparse_bytes"] < row["dense_bytes"] and row["chosen_experts"] <= 4
+    checks = {row["check"] for row in dry_run[0] if row["kind"] == "check"}
+    assert {"experts", "experts, some of another rank", "experts, all on one"} <= checks
+    assert "## Experts: dense products in a loop" in dry_run[1]
 
 
 def test_the_kernels_of_the_interpreter_were_checked(dry_run):
@@ -128,6 +144,32 @@ def test_a_wrong_result_becomes_an_error_row_and_is_not_timed(monkeypatch):
     timed = {(row["tokens"], row["path"]) for row in context.rows if "us" in row}
     assert timed == {(1, "linear"), (1, "scratch")}
     assert "## Errors" in report.report(context.rows)
+
+
+def test_wrong_experts_become_an_error_row_and_are_not_timed(monkeypatch):
+    import gpu_suite_experts as experts
+
+    real = experts.moe.experts
+    monkeypatch.setattr(experts.moe, "experts", lambda *arguments: real(*arguments) * 1.01)
+    context = Context()
+    for task in (experts.check_tasks(context)[0], experts.tasks(context)[0]):
+        task.run(context)
+    assert {row["kind"] for row in context.rows} == {"check", "experts"}
+    assert all("relative RMS error" in row["error"] and "us" not in row for row in context.rows)
+
+
+def test_without_a_grouped_product_experts_are_compared_with_the_loop(monkeypatch):
+    import gpu_suite_experts as experts
+
+    def missing(*_, **__):
+        raise RuntimeError("grouped gemm is only supported on later GPUs")
+
+    monkeypatch.setattr(torch, "_grouped_mm", missing)
+    context = Context()
+    experts.tasks(context)[0].run(context)
+    (row,) = context.rows
+    assert set(row["ratios"]) == {"loop"} and row["no_grouped"].startswith("grouped gemm is only supported")
+    assert row["fastest"] == "loop" and "## Experts" in report.report(context.rows)
 
 
 def test_results_that_are_not_numbers_are_wrong():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_rt.kernels.triton import configs, dispatch
+from sparse_rt.workflows.environment import gpu_dispatch
 
 SMALL, LARGE = (1024, 4096), (14336, 4096)
 
@@ -90,6 +91,18 @@ def test_the_file_is_read_back_by_the_dispatch(tmp_path, monkeypatch):
     for sparsity, wanted in ((0.45, "never"), (0.5, "1 to 1 tokens"), (0.95, "1 to 1 tokens")):
         assert str(dispatch.limits("d4", "unstructured", *LARGE, sparsity, torch.bfloat16)) == wanted
     assert dispatch.limits("d4", "unstructured", *SMALL, 0.9, torch.bfloat16).never
+
+
+def test_what_was_measured_of_experts_is_said_and_decides_nothing(tmp_path, monkeypatch):
+    rows = [{"kind": "environment", "gpu": "NVIDIA H200"}]
+    for ratio in (0.5, 2.0, 8.0):
+        rows.append({"kind": "experts", "path": "experts", "us": {}, "ratio": {"median": ratio}})
+    rows.append({"kind": "experts", "path": "experts", "error": "relative RMS error"})
+    said = "time of dense experts / time of compressed ones 2.00 (0.50 to 8.00; 3 layers and numbers of tokens)"
+    monkeypatch.setenv(dispatch.VARIABLE, str(tables.write(rows, tmp_path)))
+    assert dispatch.measured()["experts"] == said == gpu_dispatch()["always_used"]["experts"]
+    assert "experts" not in tables.table(rows)["dispatch"]
+    assert "experts" not in tables.table(rows[:1])["measured"]
 
 
 @pytest.mark.parametrize("name", configs.files())
