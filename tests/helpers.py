@@ -118,7 +118,8 @@ def compress_folder(
         for name in dense.tensors:
             tensor = dense.load(name)
             module = name.removesuffix(".weight")
-            if not name.endswith(("_proj.weight", *(f"{linear}.weight" for linear in LINEARS))):
+            head = module == "lm_head" and module not in ignore
+            if not head and not name.endswith(("_proj.weight", *(f"{linear}.weight" for linear in LINEARS))):
                 writer.add(name, tensor)
                 continue
             weight = normalize_zeros(tensor)

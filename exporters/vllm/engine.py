@@ -16,6 +16,7 @@ from typing import Any
 
 from sparse_rt.child import Child
 from sparse_rt.errors import SparseRTError, UserError
+from sparse_rt.exporters.vllm.failures import failure
 
 Prompt = str | Sequence[int]
 
@@ -222,8 +223,11 @@ def _sentences_about(folder: str) -> Iterator[None]:
 
 
 def explain_failure(error: Exception) -> dict[str, Any]:
-    """What there is to report of a failure: its text in one line, and whether the input was at fault."""
-    if hasattr(error, "errors"):  # pydantic wraps what our checks raise while vLLM validates its configuration
-        causes = [problem.get("ctx", {}).get("error") for problem in error.errors()]
-        error = next((cause for cause in causes if isinstance(cause, Exception)), error)
+    """What there is to report of a failure: its text in one line, and whether the input was at fault.
+
+    An error of ours counts wherever it happened: under what vLLM wraps around it, or in a process of the engine.
+    """
+    found = failure(error)
+    if found is not None:
+        return {"error": found[0], "bad_input": found[1] == UserError.exit_code}
     return {"error": " ".join(str(error).split()), "bad_input": isinstance(error, ValueError)}

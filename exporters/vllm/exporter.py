@@ -27,8 +27,9 @@ The weights stay compressed in the engine: {weights} linear weights, pattern {pa
     vllm serve {name}                    # the same without the checks: no flag is needed
 
 vLLM finds sparse-rt through its plugin entry point. `Unknown quantization method: sparse_rt` means that sparse-rt is
-not installed in vLLM's environment, or that `VLLM_PLUGINS` is set and does not name `sparse_rt`. On a CPU set
-`VLLM_CPU_KVCACHE_SPACE` (GiB); otherwise vLLM takes nearly all memory.
+not installed in vLLM's environment, or that `VLLM_PLUGINS` is set and does not name `sparse_rt`. On a CPU
+`sparse-rt serve` also sets `VLLM_CPU_KVCACHE_SPACE` (GiB; vLLM by itself takes nearly all memory) and
+`VLLM_CPU_OMP_THREADS_BIND` (one list of cores for every worker; vLLM by itself leaves a core of each unused).
 """
 
 

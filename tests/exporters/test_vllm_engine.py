@@ -15,11 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import helpers
+from legacy_folders import compressed_tensors_folder, dense_folder
 from sparse_rt import assets
 from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
+from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load
@@ -27,16 +30,23 @@ from sparse_rt.hf.load import load
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt")
-# Between them the families cover biases, tied and own heads, norms of q and k, learned positions, ReLU.
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "phi3", "mixtral", "qwen3_moe")
+# Between them the families cover biases, tied and own heads, norms of q and k, learned positions, ReLU, joined weights,
+# soft caps, and experts.
+EXPERTS = ("mixtral", "qwen3_moe")
 PROMPTS = [[5, 17, 900, 33], [120, 7, 2000], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = 24
+# Prompts that begin alike and are longer than a step of the scheduler takes, two rounds of them: chunked prefill, and
+# the second round finds its prefixes in the cache.
+CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "enable_prefix_caching": True}
+BEGINNING = [(7 * i) % 4000 + 1 for i in range(70)]
+LONG = [{"prompts": [[*BEGINNING, *end] for end in PROMPTS], "max_tokens": MAX_TOKENS}] * 2
 LAYER = "model.layers.0.mlp.down_proj"
 
 
 def family(folder: Path, name: str) -> Path:
     # 32 is the smallest head that vLLM's attention on CPUs takes.
-    sizes = dict(hidden_size=128, head_dim=32) if name in ("llama", "mistral", "qwen3") else dict(hidden_size=128)
+    sizes = dict(hidden_size=128) | (dict(head_dim=32) if name not in ("qwen2", "opt", "phi3") else {})
     sizes |= dict(word_embed_proj_dim=128, init_std=0.1) if name == "opt" else dict(initializer_range=0.1)
     return helpers.tiny_model(folder, name, dtype=torch.float32, **sizes)
 
@@ -127,6 +137,10 @@ def folders(tmp_path_factory):
     for pattern in ("2:4", "unstructured"):
         made[pattern] = helpers.compress_folder(assets.model_dir(), root / f"shipped-{pattern[0]}", pattern)
     made["mixed"] = mixed_folder(root / "llama", root / "mixed")
+    for kind in ("sparse-bitmask", "sparse-24-bitmask"):
+        made[kind] = root / kind
+        weights, _ = compressed_tensors_folder(root / "llama", made[kind], kind)
+        made[f"dense {kind}"] = dense_folder(root / "llama", root / f"dense-{kind}", weights)
     made["adapter"] = adapter(root / "adapter")
     ragged = helpers.compress_folder(root / "llama", root / "ragged", "unstructured")
     made["missing tensor"] = damaged(made["llama"], root / "bad-1", forget_metadata)
@@ -150,11 +164,23 @@ def answers(folders, tmp_path_factory):
         for name in ("2:4", "unstructured", *BAD)
     }
     exact = {**eager, "dtype": "float32"}  # left alone, vLLM runs a float32 folder in bfloat16
-    for name in (*FAMILIES, "mixed"):
+    for name in (*FAMILIES, "mixed", "sparse-bitmask", "sparse-24-bitmask"):
         request[name] = {"do": "tokens", "folder": str(folders[name]), "jobs": job, "options": exact}
+    for kind in ("sparse-bitmask", "sparse-24-bitmask"):
+        options = {**exact, "quantization": "sparse_rt"}
+        request[f"dense {kind}"] = {**request[kind], "folder": str(folders[f"dense {kind}"]), "options": options}
+    request["chunks"] = {**request["llama"], "jobs": LONG, "options": exact | CHUNKS}
+    request["transformers"] = {**request["llama"], "options": {**exact, "model_impl": "transformers"}}
+    request["float16"] = {**request["2:4"], "options": {**eager, "dtype": "float16"}}
+    request["sleep"] = {**request["llama"], "options": {**exact, "enable_sleep_mode": True}}
+    request["experts lora"] = {**request["mixtral"], "options": {**exact, "enable_lora": True}}
     request["float32"] = {**request["2:4"], "options": exact}
     request["dummy"] = {**request["unstructured"], "options": {**eager, "load_format": "dummy"}}
     request["inside"] = {"do": "inside", "folder": str(folders["llama"]), "options": exact}
+    request["compressed while loading"] = {
+        **{"do": "inside", "folder": str(folders["dense sparse-24-bitmask"])},
+        "options": {**exact, "quantization": "sparse_rt"},
+    }
     adapted = dict(prompts=PROMPTS, max_tokens=MAX_TOKENS, adapter=str(folders["adapter"]))
     request["lora"] = {**request["inside"], **adapted, "do": "lora", "options": {**exact, "enable_lora": True}}
     scratch = tmp_path_factory.mktemp("scenarios")
@@ -172,16 +198,74 @@ def served(answer):
     return answer["jobs"][0]["tokens"]
 
 
+def reference(folder: Path, name: str, tmp_path: Path):
+    """The model in transformers, which has no compressed experts: their weights are made dense for it."""
+    if name not in EXPERTS:
+        return load(folder)
+    (tmp_path / "dense").mkdir()
+    DenseExporter().export(folder, tmp_path / "dense")
+    return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+
+
+def assert_equal_tokens(model, tokens, prompts=PROMPTS):
+    report = compare(greedy(model, prompts, MAX_TOKENS), tokens, torch.float32)
+    assert report["compared"] == report["equal"] == len(prompts) * MAX_TOKENS, report
+
+
 @pytest.mark.parametrize("name", [*FAMILIES, "mixed"])
-def test_every_family_says_the_same_as_transformers(answers, folders, name):
-    report = compare(greedy(load(folders[name]), PROMPTS, MAX_TOKENS), served(answers[name]), torch.float32)
-    assert report["compared"] == report["equal"] == len(PROMPTS) * MAX_TOKENS, report
+def test_every_family_says_the_same_as_transformers(answers, folders, name, tmp_path):
+    assert_equal_tokens(reference(folders[name], name, tmp_path), served(answers[name]))
     assert len({token for tokens in served(answers[name]) for token in tokens}) > 5  # not one token over and over
+
+
+@pytest.mark.parametrize("kind", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_folders_of_compressed_tensors_are_served_as_they_are(answers, folders, kind):
+    dense = AutoModelForCausalLM.from_pretrained(folders[f"dense {kind}"], dtype=torch.float32)
+    assert_equal_tokens(dense, served(answers[kind]))
+
+
+@pytest.mark.parametrize("kind", ["sparse-bitmask", "sparse-24-bitmask"])
+def test_a_pruned_dense_folder_is_compressed_while_loading(answers, folders, kind):
+    dense = AutoModelForCausalLM.from_pretrained(folders[f"dense {kind}"], dtype=torch.float32)
+    assert_equal_tokens(dense, served(answers[f"dense {kind}"]))
+
+
+def test_compressing_while_loading_leaves_nothing_dense_but_what_has_no_zeros(answers, folders):
+    inside = answers["compressed while loading"]
+    assert set(inside["sparse_layers"]) == set(answers["inside"]["sparse_layers"])
+    sizes = answers["inside"]["bytes"]
+    assert inside["bytes"]["model.layers.0.mlp.gate_up_proj.weight_packed"] <= 1.01 * max(sizes.values())
+    assert "lm_head.weight" in inside["bytes"], "the head has no zeros"
+
+
+def test_chunked_prefill_and_prefix_caching_change_nothing(answers, folders):
+    model = load(folders["llama"])
+    for job, done in zip(LONG, answers["chunks"]["jobs"], strict=True):
+        assert_equal_tokens(model, done["tokens"], job["prompts"])
+
+
+def test_models_that_vllm_takes_from_transformers_run_on_compressed_layers(answers, folders):
+    assert_equal_tokens(load(folders["llama"]), served(answers["transformers"]))
+
+
+def test_sleep_mode_needs_a_gpu(answers):
+    assert "sleep mode" in answers["sleep"]["error"].lower(), answers["sleep"]
+
+
+def test_lora_with_compressed_experts_is_refused(answers):
+    error = answers["experts lora"]["error"]
+    assert "experts of model.layers.0.block_sparse_moe.experts cannot be served: LoRA" in error, error
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
 def test_bfloat16_agrees_with_transformers_but_for_near_ties(answers, folders, pattern):
     report = compare(greedy(load(folders[pattern]), PROMPTS, MAX_TOKENS), served(answers[pattern]), torch.bfloat16)
+    assert not report["differences"] and report["equal"] >= MAX_TOKENS, report
+
+
+def test_float16_agrees_with_transformers_but_for_near_ties(answers, folders):
+    model = load(folders["2:4"], dtype=torch.float16)
+    report = compare(greedy(model, PROMPTS, MAX_TOKENS), served(answers["float16"]), torch.float16)
     assert not report["differences"] and report["equal"] >= MAX_TOKENS, report
 
 
