@@ -24,7 +24,7 @@ from sparse_rt.report import bar_chart
 from sparse_rt.workflows.bench import bench, table_rows
 
 SIZES = dict(hidden_size=512, intermediate_size=4096, num_hidden_layers=3)
-RATES, REQUESTS, NEW_TOKENS = [8.0, float("inf")], 4, 6
+RATES, REQUESTS, NEW_TOKENS = [8.0, float("inf")], 4, 16
 
 
 @pytest.fixture
@@ -135,7 +135,8 @@ class Stub:
     folder, port, session = Path("folder"), 1, 0
 
     def __init__(self, **found):
-        self.found = {"completed": 2, "output_tokens": [4, 4], "duration": 2.0, "errors": [], **found}
+        self.found = {"completed": 2, "output_tokens": [4, 4], "duration": 2.0, "errors": [], "median_tpot": 0.1}
+        self.found |= found
         self.seeds = []
 
     def check(self):
@@ -159,6 +160,13 @@ def test_requests_that_fail_or_stop_early_end_the_run(drives):
         drives(lost).drive(1.0, seed=0)
     with pytest.raises(SparseRTError, match="answered with 3 to 4 tokens where 4 were asked for"):
         drives(Stub(output_tokens=[4, 3])).drive(1.0, seed=0)
+
+
+def test_a_drive_whose_answers_came_in_one_piece_is_repeated_and_then_refused(drives):
+    stub = Stub(median_tpot=3e-6)
+    with pytest.raises(SparseRTError, match="arrived in one piece, 3 times.*raise --new-tokens"):
+        drives(stub).drive(1.0, seed=5)
+    assert stub.seeds == [5, 5, 5]
 
 
 def test_every_pair_has_its_own_seed_and_both_sides_share_it(drives):
