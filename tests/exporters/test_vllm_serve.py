@@ -20,6 +20,7 @@ from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.progress import Progress
+from sparse_rt.tools.cli import main
 from sparse_rt.workflows.serve import serve_command
 from sparse_rt.workflows.serve_threads import BIND_VARIABLE, CHOOSING
 
@@ -198,6 +199,15 @@ def test_what_the_config_tells_is_refused_before_vllm_starts(quiet, sparse_llama
     helpers.edit_config(tmp_path / "bad", **changes)
     with pytest.raises(FormatError, match=sentence):
         serve_command(str(tmp_path / "bad"), [])
+
+
+def test_a_refusal_is_one_sentence_and_exit_code_2(quiet, sparse_llama, tmp_path, capsys):
+    folder = damaged(sparse_llama, tmp_path / "bad", without_tensor)
+    with pytest.raises(SystemExit) as stopped:
+        main(["serve", str(folder), "--", "--port", "8123"])
+    assert stopped.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"sparse-rt: tensor {LAYER}.weight_values is missing")
 
 
 def test_files_that_do_not_fit_are_refused_before_vllm_starts(quiet, sparse_llama, tmp_path):
