@@ -68,7 +68,8 @@ def experts_kernel(
 ):
     """y [assignments, m] = f(W_e x): x [assignments / per_row, n]; W_e (m, n), with a gate (2 m, n).
 
-    Blocks are on the first axis: its size has no limit, and neighbours read the same rows of a weight.
+    Blocks are on the first axis: its size has no limit, and neighbours read the same rows of a weight. Rows of the tall
+    weight and assignments are counted in 31 bits, elements in 64.
     """
     block = tl.program_id(0)
     expert = tl.load(expert_ptr + block)
