@@ -85,7 +85,7 @@ class SparseRTConfig(QuantizationConfig):
         if not path.is_dir() or not any(path.glob("*.safetensors")):
             return
         self.folder.read(path)
-        self._folder_names = {name: name for name in self.folder.names}
+        self._folder_names = {name: name for name in self.folder.shapes}
         if self.folder.sparsities is not None:
             logger.info("sparse_rt: %d compressed weights in %s", len(self.folder.sparsities), path)
 
@@ -156,11 +156,7 @@ class SparseRTConfig(QuantizationConfig):
         size = get_tensor_model_parallel_world_size() if model_parallel_is_initialized() else 1
         if size == self._checked_size:
             return
-        weights = {}
-        for name, (m, n) in self.folder.shapes.items():
-            stored = self.folder.weight(name)
-            weights[name] = parallel.Weight(m, n, stored.pattern if stored else None)
-        problem = parallel.refusal(weights, self._heads, size, _shares_experts())
+        problem = self.folder.parallel_refusal(self._heads, size, _shares_experts())
         if problem:
             raise UserError(f"sparse_rt: {problem}")
         self._checked_size = size

@@ -11,8 +11,9 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
-from sparse_rt.checkpoint import QUANT_METHOD, Checkpoint, SourceCheckpoint, SparseConfig, matches
+from sparse_rt.checkpoint import QUANT_METHOD, Checkpoint, SourceCheckpoint, SparseConfig, matches, read_json
 from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
+from sparse_rt.exporters.vllm import parallel
 from sparse_rt.exporters.vllm.encodings import BITMASK, BITMASK_NAME, CANONICAL, DENSE, TWO_FOUR, UNSTRUCTURED
 from sparse_rt.exporters.vllm.loading import StoredWeight
 from sparse_rt.formats import VALUES_NAME, get_format
@@ -24,8 +25,8 @@ DEFAULT_SPARSITY = 0.5
 class ServedFolder(ABC):
     """What a folder says about its weights, by the names that the modules have there.
 
-    ``sparsities`` (of the compressed weights), ``shapes`` (of all matrices) and ``names`` are known once the headers
-    were read: None or empty for a hub model, whose files may not be on this machine yet.
+    ``sparsities`` (of the compressed weights) and ``shapes`` (of all matrices) are known once the headers were read:
+    None and empty for a hub model, whose files may not be on this machine yet.
     """
 
     # Endings of tensor names -> what the placeholders of a layer are called; None: not needed.
@@ -43,9 +44,13 @@ class ServedFolder(ABC):
     def weight(self, name: str) -> StoredWeight | None:
         """The compressed weight of module ``name``, None when it is stored and served dense."""
 
-    @property
-    def names(self) -> list[str]:
-        return list(self.shapes)
+    def parallel_refusal(self, heads: parallel.Heads | None, size: int, expert_parallel: bool = False) -> str | None:
+        """None, or why ``size`` tensor-parallel ranks cannot share the weights, with the sizes that could."""
+        weights = {}
+        for name, (m, n) in self.shapes.items():
+            stored = self.weight(name)
+            weights[name] = parallel.Weight(m, n, stored.pattern if stored else None)
+        return parallel.refusal(weights, heads, size, expert_parallel)
 
     def _shape_dense(self, names: list[str], tensors: dict[str, Any]) -> None:
         for name in names:
@@ -138,6 +143,16 @@ class DenseFolder(ServedFolder):
 
 def open_description(config: dict[str, Any]) -> ServedFolder:
     """The kind of folder whose config.json holds this quantization_config; ``FormatError`` for an unknown key."""
+    if not config:
+        return DenseFolder()
     if config.get("quant_method") == QUANT_METHOD:
         return SparseFolder(SparseConfig.from_dict(config))
     return CompressedTensorsFolder(config)
+
+
+def open_folder(folder: Path) -> tuple[ServedFolder, parallel.Heads | None]:
+    """A local folder, its headers read and checked, and the attention heads of its model."""
+    config = read_json(folder / "config.json")
+    served = open_description(config.get("quantization_config") or config.get("compression_config") or {})
+    served.read(folder)
+    return served, parallel.heads_of({**config, **(config.get("text_config") or {})})
