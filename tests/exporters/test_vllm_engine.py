@@ -22,8 +22,8 @@ from legacy_folders import compressed_tensors_folder, dense_folder
 from sparse_rt import assets
 from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
-from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.exporters.vllm.agreement import compare, greedy
+from sparse_rt.exporters.vllm.exporter import reference_model
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load
 
@@ -33,7 +33,6 @@ pytestmark = pytest.mark.slow
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "phi3", "mixtral", "qwen3_moe")
 # Between them the families cover biases, tied and own heads, norms of q and k, learned positions, ReLU, joined weights,
 # soft caps, and experts.
-EXPERTS = ("mixtral", "qwen3_moe")
 PROMPTS = [[5, 17, 900, 33], [120, 7, 2000], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = 24
 # Prompts that begin alike and are longer than a step of the scheduler takes, two rounds of them: chunked prefill, and
@@ -48,8 +47,8 @@ def family(folder: Path, name: str) -> Path:
     # 32 is the smallest head that vLLM's attention on CPUs takes.
     sizes = dict(hidden_size=128) | (dict(head_dim=32) if name not in ("qwen2", "opt", "phi3") else {})
     sizes |= dict(word_embed_proj_dim=128, init_std=0.1) if name == "opt" else dict(initializer_range=0.1)
-    # The soft caps of Gemma 2 come out of vLLM's attention 1e-4 off, for dense weights as well: with seed 0 that decides
-    # one token of 72.
+    # The soft caps of Gemma 2 come out of vLLM's attention 1e-4 off, for dense weights as well, which decides one token
+    # of 72 with seed 0.
     return helpers.tiny_model(folder, name, dtype=torch.float32, seed=int(name == "gemma2"), **sizes)
 
 
@@ -200,23 +199,14 @@ def served(answer):
     return answer["jobs"][0]["tokens"]
 
 
-def reference(folder: Path, name: str, tmp_path: Path):
-    """The model in transformers, which has no compressed experts: their weights are made dense for it."""
-    if name not in EXPERTS:
-        return load(folder)
-    (tmp_path / "dense").mkdir()
-    DenseExporter().export(folder, tmp_path / "dense")
-    return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
-
-
 def assert_equal_tokens(model, tokens, prompts=PROMPTS):
     report = compare(greedy(model, prompts, MAX_TOKENS), tokens, torch.float32)
     assert report["compared"] == report["equal"] == len(prompts) * MAX_TOKENS, report
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "mixed"])
-def test_every_family_says_the_same_as_transformers(answers, folders, name, tmp_path):
-    assert_equal_tokens(reference(folders[name], name, tmp_path), served(answers[name]))
+def test_every_family_says_the_same_as_transformers(answers, folders, name):
+    assert_equal_tokens(reference_model(folders[name]), served(answers[name]))
     assert len({token for tokens in served(answers[name]) for token in tokens}) > 5  # not one token over and over
 
 

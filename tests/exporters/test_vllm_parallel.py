@@ -8,13 +8,12 @@ import os
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 import helpers
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
+from sparse_rt.exporters.vllm.exporter import reference_model
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -22,14 +21,13 @@ pytestmark = pytest.mark.slow
 PROMPTS = [[5, 17, 900, 33], [120, 7, 2000], [1, 2, 3, 4, 5, 6, 7, 8, 9]]
 MAX_TOKENS = 12
 RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}  # one core each
-# torch.compile without its code generator, which takes a minute: the graph is traced through our operators all the same.
+# torch.compile without its code generator, which takes a minute: the graph is traced through our operators as well.
 TRACED = {"mode": 2, "backend": "eager"}
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="two ranks need two cores")
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """name -> (compressed, dense with the same weights)"""
     root = tmp_path_factory.mktemp("ranks")
     made = {}
     for name, pattern, sizes in (
@@ -42,19 +40,15 @@ def folders(tmp_path_factory):
             root / name, name, dtype=torch.float32, hidden_size=128, head_dim=32, initializer_range=0.1, **sizes
         )
         ignore = ("gate",) if name == "llama" else ("gate", "lm_head")
-        sparse = helpers.compress_folder(source, root / f"{name}-sparse", pattern, 0.6, ignore)
-        (root / f"{name}-dense").mkdir()
-        DenseExporter().export(sparse, root / f"{name}-dense")
-        made[name] = sparse, root / f"{name}-dense"
+        made[name] = helpers.compress_folder(source, root / f"{name}-sparse", pattern, 0.6, ignore)
     return made
 
 
 def assert_same_tokens(folders, name, eager=True, env=None, **options):
-    sparse, dense = folders[name]
     options = {"dtype": "float32", **options}
-    served = generate_tokens(sparse, PROMPTS, MAX_TOKENS, eager, RANKS | (env or {}), options)
-    model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-    report = compare(greedy(model, PROMPTS, MAX_TOKENS), served["tokens"], torch.float32)
+    served = generate_tokens(folders[name], PROMPTS, MAX_TOKENS, eager, RANKS | (env or {}), options)
+    reference = greedy(reference_model(folders[name]), PROMPTS, MAX_TOKENS)
+    report = compare(reference, served["tokens"], torch.float32)
     assert report["compared"] == report["equal"] == len(PROMPTS) * MAX_TOKENS, report
 
 
