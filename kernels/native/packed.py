@@ -5,6 +5,7 @@ The layouts are described in csrc/packed.h. They are made for this processor and
 
 from __future__ import annotations
 
+import os
 import struct
 
 import torch
@@ -24,6 +25,9 @@ PANEL = 16
 # From this sparsity on `slots` is faster than `bitmask` from 4 tokens on and level with it at one (Zen 4, one core,
 # 11008 x 4096 bf16, own dense = 1: at 70 % and 1 token 2.0 against 1.9-2.1, at 16 tokens 1.1 against 0.9).
 SLOTS_FROM = 0.68
+# `slots` takes 3 bytes a kept bfloat16 weight and 8 to 20 % padding, `bitmask` 2 bytes and a bit a dense weight (0.41 and
+# 0.31 of dense at 75 %): who has no memory to spare for speed says so.
+PREFER_VARIABLE, PREFERENCES = "SPARSE_RT_PREFER", ("speed", "memory")
 _HEADER = struct.Struct("8sii4q40xq")  # magic to bytes, and nibbles, of srt_packed in csrc/packed.h
 
 
@@ -37,11 +41,21 @@ def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[st
 
     if pattern == "2:4" and runs("pairs"):
         return "pairs", "2:4 on this processor needs no expansion: half the products at any number of tokens"
+    if runs("slots") and prefers_memory():
+        return "bitmask", f"{PREFER_VARIABLE}=memory: smallest in memory, expanded in registers"
     if sparsity >= SLOTS_FROM and runs("slots"):
         return "slots", f"sparsity {sparsity:.0%} >= {SLOTS_FROM:.0%}: as many products as kept weights"
     if runs("slots"):
         return "bitmask", f"sparsity {sparsity:.0%} < {SLOTS_FROM:.0%}: smallest in memory, expanded in registers"
     return "bitmask", f"the only layout that {isa} has for {str(dtype).removeprefix('torch.')}"
+
+
+def prefers_memory() -> bool:
+    """What ``SPARSE_RT_PREFER`` says; ``UserError`` for a word that it does not know."""
+    wanted = os.environ.get(PREFER_VARIABLE) or PREFERENCES[0]
+    if wanted not in PREFERENCES:
+        raise UserError(f"{PREFER_VARIABLE}={wanted}: allowed are {' (default) and '.join(PREFERENCES)}")
+    return wanted == "memory"
 
 
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:

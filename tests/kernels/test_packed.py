@@ -219,6 +219,20 @@ def test_a_packed_weight_has_the_chosen_layout(use_isa):
         assert packed.describe(weight(pattern, 37, 132, sparsity, torch.bfloat16).pack())["layout"] == layout
 
 
+def test_who_prefers_memory_gets_the_smaller_layout(use_isa, monkeypatch):
+    use_isa("avx512_bf16")
+    sparse = weight("unstructured", 640, 1024, 0.75, torch.bfloat16)
+    fast = sparse.pack()
+    monkeypatch.setenv("SPARSE_RT_PREFER", "memory")
+    small = sparse.pack()
+    assert [packed.describe(found)["layout"] for found in (fast, small)] == ["slots", "bitmask"]
+    assert small.nbytes < 0.33 * 2 * 640 * 1024 < 0.4 * 2 * 640 * 1024 < fast.nbytes
+    assert choose_layout("2:4", torch.bfloat16, 0.5)[0] == "pairs"  # no larger than what is stored
+    monkeypatch.setenv("SPARSE_RT_PREFER", "both")
+    with pytest.raises(UserError, match=r"SPARSE_RT_PREFER=both: allowed are speed \(default\) and memory"):
+        sparse.pack()
+
+
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
 def test_without_bf16_instructions_there_is_one_layout(use_isa, isa):
     use_isa(isa)

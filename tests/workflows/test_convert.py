@@ -181,9 +181,7 @@ def test_experts_are_compressed_on_demand(mixture, tmp_path):
     experts = {name: entry for name, entry in checkpoint.weights.items() if ".experts." in name}
     assert len(experts) == 9 and all(entry.sparsity == 0.75 for entry in experts.values())
     assert not any("experts" in name for name in checkpoint.quantization.ignore)
-    with pytest.raises(
-        FormatError, match="experts.0.w1 is compressed, .* with vLLM, or .* --to dense"
-    ):
+    with pytest.raises(FormatError, match="experts.0.w1 is compressed, .* with vLLM, or .* --to dense"):
         load(tmp_path / "out")
     (tmp_path / "dense").mkdir()
     DenseExporter().export(tmp_path / "out", tmp_path / "dense")
