@@ -25,8 +25,8 @@ PANEL = 16
 # From this sparsity on `slots` is faster than `bitmask` from 4 tokens on and level with it at one (Zen 4, one core,
 # 11008 x 4096 bf16, own dense = 1: at 70 % and 1 token 2.0 against 1.9-2.1, at 16 tokens 1.1 against 0.9).
 SLOTS_FROM = 0.68
-# `slots` takes 3 bytes a kept bfloat16 weight and 8 to 20 % padding, `bitmask` 2 bytes and a bit a dense weight (at 75 %:
-# 0.41 and 0.31 of dense). Who has no memory to spare for speed says so.
+# For who has no memory to spare for speed: at 75 % a bfloat16 weight takes 0.41 of dense as `slots` (3 bytes a kept
+# weight, and padding) and 0.31 as `bitmask`.
 PREFER_VARIABLE, PREFERENCES = "SPARSE_RT_PREFER", ("speed", "memory")
 _HEADER = struct.Struct("8sii4q40xq")  # magic to bytes, and nibbles, of srt_packed in csrc/packed.h
 
