@@ -86,7 +86,14 @@ def test_parts_write_rows_of_both_sides(workdir):
     stored = Checkpoint.open(next(workdir.glob("*-2of4"))).total_bytes
     assert canonical["sparse"]["median"] == pytest.approx(stored, rel=0.05)
     assert "SPARSE_RT_PACK=0" in canonical["bench"]["command"]
-    assert "| 2:4 | 1 | 1 |" in done.stdout and decode[0]["bench"]["command"] in done.stdout
+    judged = done.stdout.partition("## Serving in vLLM against its bars")[2].partition("## ")[0]
+    for figure in (
+        "load, engine start |  | 1 |",
+        "memory, weights in the worker |  | 1 |",
+        "decode, one step after 8 tokens | 1 | 1 |",
+    ):
+        assert f"| 2:4 | {figure}" in judged
+    assert decode[0]["bench"]["command"] in done.stdout
 
 
 def test_a_failed_part_is_a_row_and_an_exit_status(workdir):
