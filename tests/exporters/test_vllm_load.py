@@ -176,9 +176,10 @@ def test_memory_stays_flat(server, folder, expected):
         await asyncio.gather(*(client(first) for first in range(AT_ONCE)))
 
     with_clients(server, folder, lambda clients: requests(clients, WARM_UP))
-    before = resident(server)
+    before, answered = resident(server), gauge(server, "request_success_total")
     with_clients(server, folder, lambda clients: requests(clients, SHORT_REQUESTS))
     after = resident(server)
+    assert gauge(server, "request_success_total") - answered == SHORT_REQUESTS
     assert after.keys() == before.keys() and len(after) >= 3  # API server, engine core, worker
     grown = {pid: round(after[pid] - before[pid], 1) for pid in after}
     assert max(grown.values()) < MOST_GROWTH_MB, grown
