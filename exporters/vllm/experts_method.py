@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoEMethodBase, RoutedExper
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.exporters.vllm.encodings import TENSOR_NAMES, UNSTRUCTURED
 from sparse_rt.exporters.vllm.linear_method import average_sparsity, is_dummy, refuse_batch_invariance
-from sparse_rt.exporters.vllm.loading import LayerWeight, Shard, StoredWeight, common_format, in_format
+from sparse_rt.exporters.vllm.loading import LayerWeight, StoredWeight, common_format, in_format
 from sparse_rt.kernels import experts as kernels
 from sparse_rt.kernels import packed
 
@@ -78,14 +78,10 @@ class SparseRTExpertsMethod(FusedMoEMethodBase):
                 ("w13", rows, hidden_size),
                 ("w2", {layer.ckpt_down_proj_name: hidden_size}, self.intermediate),
             ):
-                shards = [self._shard(expert, part, count) for part, count in parts.items()]
+                shards = [self.stored[expert, part].shard(count) for part, count in parts.items()]
                 weight = LayerWeight(f"{self.name}.{expert}.{matrix}", shards, columns, params_dtype, device)
                 layer.sparse_experts[matrix, local] = weight
         self._register_placeholders(layer, params_dtype)
-
-    def _shard(self, expert: int, part: str, rows: int) -> Shard:
-        stored = self.stored[expert, part]
-        return Shard(stored.name, stored.pattern, rows, stored.encoding)
 
     def _register_placeholders(self, layer: RoutedExperts, dtype: torch.dtype) -> None:
         for matrix in _MATRICES:

@@ -1,17 +1,28 @@
-"""The three kinds of folders that the plugin serves, and what each says about a weight. Nothing here knows vLLM.
+"""The three kinds of folders that the plugin serves, and what each says about a weight.
 
-SparseFolder              made by `sparse-rt convert`
-CompressedTensorsFolder   sparse-bitmask or sparse-24-bitmask, which vLLM itself has refused since 2026
-DenseFolder               pruned but stored dense: `--quantization sparse_rt` compresses it while it is loaded
+    SparseFolder              made by `sparse-rt convert`
+    CompressedTensorsFolder   sparse-bitmask or sparse-24-bitmask, which vLLM itself has refused since 2026
+    DenseFolder               pruned but stored dense: `--quantization sparse_rt` compresses it while it is loaded
+
+Nothing here knows vLLM.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sparse_rt.checkpoint import QUANT_METHOD, Checkpoint, SourceCheckpoint, SparseConfig, matches, read_json
+from sparse_rt.checkpoint import (
+    QUANT_METHOD,
+    Checkpoint,
+    SourceCheckpoint,
+    SparseConfig,
+    TensorEntry,
+    matches,
+    read_json,
+)
 from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
 from sparse_rt.exporters.vllm import parallel
 from sparse_rt.exporters.vllm.encodings import BITMASK, BITMASK_NAME, CANONICAL, DENSE, TWO_FOUR, UNSTRUCTURED
@@ -25,8 +36,8 @@ DEFAULT_SPARSITY = 0.5
 class ServedFolder(ABC):
     """What a folder says about its weights, by the names that the modules have there.
 
-    ``sparsities`` (of the compressed weights) and ``shapes`` (of all matrices) are known once the headers were read:
-    None and empty for a hub model, whose files may not be on this machine yet.
+    ``sparsities`` (of the compressed weights), ``shapes`` and ``files`` (of all matrices) are known once the headers
+    were read: None and empty for a hub model, whose files may not be on this machine yet.
     """
 
     # Endings of tensor names -> what the placeholders of a layer are called; None: not needed.
@@ -35,6 +46,7 @@ class ServedFolder(ABC):
     def __init__(self) -> None:
         self.sparsities: dict[str, float] | None = None
         self.shapes: dict[str, tuple[int, int]] = {}
+        self.files: dict[str, str] = {}
 
     @abstractmethod
     def read(self, folder: Path) -> None:
@@ -52,10 +64,13 @@ class ServedFolder(ABC):
             weights[name] = parallel.Weight(m, n, stored.pattern if stored else None)
         return parallel.refusal(weights, heads, size, expert_parallel)
 
-    def _shape_dense(self, names: list[str], tensors: dict[str, Any]) -> None:
+    def _describe(self, name: str, shape: tuple[int, ...], file: Path) -> None:
+        self.shapes[name], self.files[name] = (shape[0], shape[-1]), file.name
+
+    def _describe_dense(self, names: Iterable[str], tensors: dict[str, TensorEntry]) -> None:
         for name in names:
             if name.endswith(".weight") and len(tensors[name].shape) == 2:
-                self.shapes[name.removesuffix(".weight")] = tuple(tensors[name].shape)
+                self._describe(name.removesuffix(".weight"), tensors[name].shape, tensors[name].file)
 
 
 class SparseFolder(ServedFolder):
@@ -69,15 +84,17 @@ class SparseFolder(ServedFolder):
     def read(self, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
         self.sparsities = {name: weight.sparsity for name, weight in checkpoint.weights.items()}
-        self.shapes = {name: (weight.m, weight.n) for name, weight in checkpoint.weights.items()}
-        self._shape_dense(checkpoint.dense_tensors(), checkpoint.tensors)
+        for name, weight in checkpoint.weights.items():
+            self._describe(name, (weight.m, weight.n), weight.file)
+        self._describe_dense(checkpoint.dense_tensors(), checkpoint.tensors)
 
     def weight(self, name: str) -> StoredWeight | None:
         pattern = self.sparse.pattern_for(name)
         if pattern is None:
             return None
         default = get_format(pattern).default_sparsity or DEFAULT_SPARSITY
-        return StoredWeight(name, pattern, (self.sparsities or {}).get(name, default), CANONICAL)
+        sparsity = (self.sparsities or {}).get(name, default)
+        return StoredWeight(name, pattern, sparsity, CANONICAL, self.files.get(name, ""))
 
 
 class CompressedTensorsFolder(ServedFolder):
@@ -113,18 +130,17 @@ class CompressedTensorsFolder(ServedFolder):
         compressed = CompressedTensors(checkpoint)
         found = {name.removesuffix(".weight"): weight for name, weight in compressed.weights.items()}
         self.sparsities = {name: 1 - w.nnz / (w.shape[0] * w.shape[-1]) for name, w in found.items()}
-        self.shapes = {name: (weight.shape[0], weight.shape[-1]) for name, weight in found.items()}
-        self._shape_dense([n for n in checkpoint.tensors if n not in compressed.parts], checkpoint.tensors)
+        for name, weight in found.items():
+            self._describe(name, weight.shape, checkpoint.tensors[f"{weight.prefix}.compressed"].file)
+        self._describe_dense((n for n in checkpoint.tensors if n not in compressed.parts), checkpoint.tensors)
 
     def weight(self, name: str) -> StoredWeight | None:
         if self.sparsities is not None:
             dense = name not in self.sparsities
         else:
             dense = any(matches(name, pattern) for pattern in self.ignore)
-        return None if dense else StoredWeight(name, self.pattern, self._sparsity(name), BITMASK)
-
-    def _sparsity(self, name: str) -> float:
-        return (self.sparsities or {}).get(name, DEFAULT_SPARSITY)
+        sparsity = (self.sparsities or {}).get(name, DEFAULT_SPARSITY)
+        return None if dense else StoredWeight(name, self.pattern, sparsity, BITMASK, self.files.get(name, ""))
 
 
 class DenseFolder(ServedFolder):
@@ -135,10 +151,10 @@ class DenseFolder(ServedFolder):
 
     def read(self, folder: Path) -> None:
         checkpoint = SourceCheckpoint.open(folder)
-        self._shape_dense(list(checkpoint.tensors), checkpoint.tensors)
+        self._describe_dense(checkpoint.tensors, checkpoint.tensors)
 
     def weight(self, name: str) -> StoredWeight | None:
-        return StoredWeight(name, UNSTRUCTURED, DEFAULT_SPARSITY, DENSE)
+        return StoredWeight(name, UNSTRUCTURED, DEFAULT_SPARSITY, DENSE, self.files.get(name, ""))
 
 
 def open_description(config: dict[str, Any]) -> ServedFolder:

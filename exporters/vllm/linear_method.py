@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -81,7 +82,7 @@ class SparseRTLinearMethod(LinearMethodBase):
         for suffix in TENSOR_NAMES:
             data = torch.empty(0, dtype=params_dtype if suffix in (VALUES_NAME, DENSE_NAME) else torch.uint8)
             if suffix == DENSE_NAME and suffix not in wanted:
-                placeholder = ForbiddenParameter(data=data, layer_name=self.name)
+                placeholder = ForbiddenParameter(data=data, layer_name=self.name, origin=shards[0].origin)
             else:
                 placeholder = SparseParameter(data=data, weight_loader=loader, weight=weight, suffix=suffix)
             layer.register_parameter(suffix, placeholder)
@@ -89,8 +90,7 @@ class SparseRTLinearMethod(LinearMethodBase):
 
     def _shards(self, sizes: list[int]) -> list[Shard]:
         if len(sizes) == len(self.stored):
-            pairs = zip(self.stored, sizes, strict=True)
-            return [Shard(weight.name, weight.pattern, rows, weight.encoding) for weight, rows in pairs]
+            return [weight.shard(rows) for weight, rows in zip(self.stored, sizes, strict=True)]
         patterns = {weight.pattern for weight in self.stored}
         if len(patterns) > 1:
             raise UserError(
@@ -98,8 +98,8 @@ class SparseRTLinearMethod(LinearMethodBase):
                 f"patterns {', '.join(sorted(patterns))}; convert them with one pattern"
             )
         # Joined in the folder already (Phi-3): every part lies in the same stored weight.
-        name = self.stored[0].name if len(self.stored) == 1 else self.name
-        return [Shard(name, self.stored[0].pattern, rows, self.stored[0].encoding) for rows in sizes]
+        joined = self.stored[0] if len(self.stored) == 1 else replace(self.stored[0], name=self.name)
+        return [joined.shard(rows) for rows in sizes]
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Join the shards, derive the layout that is multiplied with and drop the canonical tensors.

@@ -27,15 +27,21 @@ _warned_casts: set[tuple[torch.dtype, torch.dtype]] = set()
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One compressed weight of the folder: its name there, its pattern and sparsity, and how it is stored.
+    """One compressed weight of the folder: its name there, its pattern and sparsity, how it is stored, and its file.
 
-    What is compressed while it is loaded has no pattern yet: "unstructured" stands for any.
+    What is compressed while it is loaded has no pattern yet: "unstructured" stands for any. The file ("" where headers
+    are not at hand) is for messages.
     """
 
     name: str
     pattern: str
     sparsity: float
     encoding: Encoding = CANONICAL
+    file: str = ""
+
+    def shard(self, rows: int) -> Shard:
+        """What a rank that keeps ``rows`` rows of it loads."""
+        return Shard(self.name, self.pattern, rows, self.encoding, self.file)
 
 
 @dataclass(frozen=True)
@@ -46,10 +52,16 @@ class Shard:
     pattern: str
     rows: int
     encoding: Encoding = CANONICAL
+    file: str = ""
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
         return self.encoding.tensor_names(self.pattern)
+
+    @property
+    def origin(self) -> str:
+        """How messages about it begin."""
+        return f"sparse_rt: {self.file}: " if self.file else "sparse_rt: "
 
 
 @dataclass(frozen=True)
@@ -112,12 +124,12 @@ class LayerWeight:
         names = shard.tensor_names
         if suffix not in names:
             raise FormatError(
-                f"sparse_rt: unexpected tensor {shard.name}.{suffix} in layer {self.name}: config.json says "
+                f"{shard.origin}unexpected tensor {shard.name}.{suffix} in layer {self.name}: config.json says "
                 f"{shard.pattern}, which has {' and '.join(names)}"
             )
         staged = self._staged.setdefault(keys, {})
         if suffix in staged or any(key in self._pieces for key in keys):
-            raise FormatError(f"sparse_rt: tensor {shard.name}.{suffix} of layer {self.name} was loaded twice")
+            raise FormatError(f"{shard.origin}tensor {shard.name}.{suffix} of layer {self.name} was loaded twice")
         # A copy where it has to wait: some loaders of vLLM reuse the buffer for the next tensor.
         staged[suffix] = tensor.to(self.device, copy=len(names) > 1)
         if len(staged) == len(names):
@@ -126,7 +138,7 @@ class LayerWeight:
 
     def _take(self, shard: Shard, tensors: dict[str, Tensor], cuts: dict[int, Cut]) -> None:
         m, n = sum(cut.m for cut in cuts.values()), next(iter(cuts.values())).n
-        weight = shard.encoding.open(f"sparse_rt: {shard.name}", shard.pattern, tensors, m, n)
+        weight = shard.encoding.open(shard.origin + shard.name, shard.pattern, tensors, m, n)
         above = 0
         for key, cut in cuts.items():
             rows = range(above + cut.rows.start, above + cut.rows.stop)

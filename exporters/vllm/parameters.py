@@ -58,14 +58,14 @@ class SparseParameter(BasevLLMParameter):
 class ForbiddenParameter(BasevLLMParameter):
     """Stands where a dense layer has ``weight``: without it vLLM fails on such a tensor with an unrelated message."""
 
-    def __init__(self, *, data: Tensor, layer_name: str):
+    def __init__(self, *, data: Tensor, layer_name: str, origin: str):
         super().__init__(data=data, weight_loader=self.refuse)
-        self.layer_name = layer_name
+        self.layer_name, self.origin = layer_name, origin
 
     @staticmethod
     def refuse(param: ForbiddenParameter, loaded_weight: Tensor, *_: Any) -> None:
         raise FormatError(
-            f"sparse_rt: unexpected tensor {param.layer_name}.weight {tuple(loaded_weight.shape)}: config.json says "
+            f"{param.origin}unexpected tensor {param.layer_name}.weight {tuple(loaded_weight.shape)}: config.json says "
             "that this layer is compressed; add the module to `ignore` of quantization_config, or convert it again"
         )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from sparse_rt.checkpoint import MANIFEST_NAME, QUANT_METHOD, Checkpoint, is_sparse_checkpoint, read_json, resolve_model
 from sparse_rt.conversion.source import open_source
 from sparse_rt.errors import UserError
+from sparse_rt.exporters.vllm.folders import open_folder
 from sparse_rt.optional import available
 from sparse_rt.progress import Progress
 from sparse_rt.workflows.serve_arguments import ServeArguments
@@ -43,6 +44,7 @@ def serve_command(
         raise UserError("give the model as the argument of `sparse-rt serve`, not with --model")
     folder = resolve_model(model, given["--revision"])
     check_folder(folder, given["--quantization"])
+    check_ranks(folder, given)
     argv = [sys.executable, "-m", SERVER_MODULE, "--model", str(folder)]
     if str(folder) != str(model) and given["--served-model-name"] is None:
         argv += ["--served-model-name", str(model)]
@@ -74,6 +76,17 @@ def check_folder(folder: Path, quantization: str | None) -> None:
             f"{folder} is stored dense; make a compressed folder with `sparse-rt convert`, or serve the pruned weights "
             f"compressed while they load: sparse-rt serve {folder} -- --quantization {QUANT_METHOD}"
         )
+
+
+def check_ranks(folder: Path, given: ServeArguments) -> None:
+    """``UserError`` for a tensor-parallel size that the model cannot be shared out to; vLLM says an empty assertion."""
+    size = given.size("--tensor-parallel-size")
+    if size is None or size == 1:
+        return
+    served, heads = open_folder(folder)
+    problem = served.parallel_refusal(heads, size, given.expert_parallel)
+    if problem:
+        raise UserError(problem)
 
 
 def _check_plugin() -> None:

@@ -45,6 +45,8 @@ _PLACED_BY_USER = (
     ("--numa-bind-nodes",),
     ("--numa-bind-cpus",),
 )
+# Given or not; a --no- form is the same as saying nothing.
+_SWITCHES = (("--enable-expert-parallel", "-ep"),)
 
 
 class ServeArguments:
@@ -69,14 +71,20 @@ class ServeArguments:
         """The first option by which the user spreads vLLM over machines, servers or memory nodes, else None."""
         return next((names[0] for names in _PLACED_BY_USER if self[names[0]] is not None), None)
 
+    @property
+    def expert_parallel(self) -> bool:
+        """Whether experts are shared out whole."""
+        return self["--enable-expert-parallel"] is not None
+
     def ranks(self) -> int:
         """Worker processes that compute: data x pipeline x prefill context x tensor parallel sizes."""
-        data = self._size("--data-parallel-size-local") or self._size("--data-parallel-size") or 1
+        data = self.size("--data-parallel-size-local") or self.size("--data-parallel-size") or 1
         for option in ("--tensor-parallel-size", "--pipeline-parallel-size", "--prefill-context-parallel-size"):
-            data *= self._size(option) or 1
+            data *= self.size(option) or 1
         return data
 
-    def _size(self, option: str) -> int | None:
+    def size(self, option: str) -> int | None:
+        """A whole number from 1 on, None where it is not given; ``UserError`` for anything else."""
         text = self[option]
         if text is None:
             return None
@@ -94,7 +102,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for names in _VALUES:
         parser.add_argument(*names)
-    for names in _PLACED_BY_USER:
+    for names in (*_PLACED_BY_USER, *_SWITCHES):
         parser.add_argument(*names, nargs="?", const="")
     try:
         return parser.parse_known_args(args)[0]

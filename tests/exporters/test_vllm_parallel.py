@@ -1,9 +1,8 @@
-"""Several ranks for real: tensor, expert and pipeline parallelism, in processes of vLLM's own or of Ray.
+"""Several ranks for real: tensor, expert and pipeline parallelism, in processes of vLLM's own (on CPUs it has no Ray).
 
 Greedy tokens in float32 equal those of transformers, whoever holds which part. Every case takes about half a minute.
 """
 
-import importlib.util
 import os
 
 import pytest
@@ -71,14 +70,8 @@ def test_pipeline_parallel_and_compiled(folders, name):
     assert_same_tokens(folders, name, eager=False, env=env, pipeline_parallel_size=2, compilation_config=TRACED)
 
 
-@needs_two_cores
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed")
-def test_the_ray_executor(folders):
-    assert_same_tokens(folders, "mixtral", tensor_parallel_size=2, distributed_executor_backend="ray")
-
-
 def test_a_size_that_does_not_fit_is_refused_with_those_that_do(tmp_path):
     dense = helpers.tiny_model(tmp_path / "dense", hidden_size=128, head_dim=32, intermediate_size=100)
     folder = helpers.compress_folder(dense, tmp_path / "sparse", "2:4")
-    with pytest.raises(UserError, match=r"down_proj is 2:4, and in the part of a rank 50 .*sizes that do: 1, "):
+    with pytest.raises(UserError, match=r"down_proj is 2:4, and in the part of a rank 50 .*sizes that do: 1$"):
         generate_tokens(folder, PROMPTS, 2, env=RANKS, options={"tensor_parallel_size": 2})

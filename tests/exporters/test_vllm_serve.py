@@ -73,7 +73,7 @@ def test_memory_given_as_an_option_is_not_overridden_by_the_variable(quiet, spar
 
 def test_defaults_respect_a_config_file(quiet, sparse_llama, tmp_path):
     file = tmp_path / "vllm.yaml"
-    file.write_text("host: 0.0.0.0\ntensor_parallel_size: 4096\nenforce-eager: true\n")
+    file.write_text("host: 0.0.0.0\ndata_parallel_size: 4096\nenforce-eager: true\n")
     notes = Notes()
     argv, environment = serve_command(str(sparse_llama), ["--config", str(file)], notes)
     assert argv[5:] == ["--config", str(file)]
@@ -113,6 +113,11 @@ def test_mistakes_are_found_before_vllm_starts(quiet, sparse_llama, tmp_path):
         serve_command(str(sparse_llama), ["--quantization", "awq"])
     with pytest.raises(UserError, match="--tensor-parallel-size two: give a whole number"):
         serve_command(str(sparse_llama), ["-tp", "two"])
+    with pytest.raises(
+        UserError, match=r"-size 3 does not fit: the model has 4 attention heads; sizes that do: 1, 2, 4$"
+    ):
+        serve_command(str(sparse_llama), ["-tp", "3"])
+    assert serve_command(str(sparse_llama), ["-tp", "2"])[0][-2:] == ["-tp", "2"]
     with pytest.raises(UserError, match="neither a local folder nor"):
         serve_command(str(tmp_path / "nothing"), [])
     quiet.setenv("VLLM_PLUGINS", "other")
@@ -292,5 +297,6 @@ def test_what_only_the_data_tells_is_said_last_by_the_server(exact_llama, tmp_pa
     codes = [process.wait(timeout=vllm_server.START_SECONDS) for process in processes]
     last = [error.read_text().strip().splitlines()[-1] for error in errors]
     assert codes == [2, 1]
-    assert last[0].startswith(f"sparse_rt: {LAYER}: weight_bitmask marks 10239 kept weights"), last
-    assert last[1].startswith(f"sparse_rt: unexpected tensor {LAYER}.weight (128, 160)"), last
+    (file,) = exact_llama.glob("*.safetensors")
+    assert last[0].startswith(f"sparse_rt: {file.name}: {LAYER}: weight_bitmask marks 10239 kept weights"), last
+    assert last[1].startswith(f"sparse_rt: {file.name}: unexpected tensor {LAYER}.weight (128, 160)"), last

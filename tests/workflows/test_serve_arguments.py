@@ -26,6 +26,12 @@ def test_ranks_multiply_and_local_replicas_count_alone():
     assert ServeArguments([*sizes, "--data-parallel-size-local", "2"]).ranks() == 12
 
 
+@pytest.mark.parametrize("args", [["--enable-expert-parallel"], ["--enable_expert_parallel"], ["-ep"]])
+def test_experts_that_are_shared_out_whole(args):
+    assert ServeArguments(["-tp", "2", *args, "--port", "1"]).expert_parallel
+    assert not ServeArguments(["-tp", "2", "--no-enable-expert-parallel"]).expert_parallel
+
+
 @pytest.mark.parametrize("args", [["--nnodes", "2"], ["-dpn", "1"], ["--numa-bind"], ["--data_parallel_hybrid_lb"]])
 def test_workers_that_the_user_places(args):
     assert ServeArguments([*args, "--port", "1"]).placed_by_user() is not None
