@@ -24,6 +24,8 @@ The models are made in the work folder and used again (random_llama.py says whic
     canonical     the memory with SPARSE_RT_PACK=0: compressed layers stay on the tensors of the file; in the other
                   parts they hold the layout that they run from instead
 
+With SPARSE_RT_PREFER=memory, which gives unstructured weights the smaller layout, rows are of the model "0.75, memory".
+
 One JSON row per figure, written as soon as its part is done; a part that fails makes an error row, and the exit status
 is 1. Dense vLLM multiplies with oneDNN, or with zentorch where that is installed: the rows say which.
 """
@@ -45,6 +47,7 @@ from random_llama import Shape, dense_folder, sparse_folder
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.config import BenchOptions
 from sparse_rt.errors import SparseRTError, UserError
+from sparse_rt.kernels.native.packed import PREFER_VARIABLE, prefers_memory
 from sparse_rt.nn import PACK_VARIABLE
 from sparse_rt.tools.console import ConsoleProgress
 from sparse_rt.workflows.bench import bench
@@ -107,8 +110,7 @@ def run_part(part: str, options: BenchOptions, progress: ConsoleProgress) -> lis
 def command(options: BenchOptions) -> str:
     """What a user types for the same part, folders by name."""
     settings = [f"OMP_NUM_THREADS={torch.get_num_threads()}"]
-    if PACK_VARIABLE in os.environ:
-        settings.append(f"{PACK_VARIABLE}={os.environ[PACK_VARIABLE]}")
+    settings += [f"{name}={os.environ[name]}" for name in (PACK_VARIABLE, PREFER_VARIABLE) if name in os.environ]
     words = [*settings, "sparse-rt", "bench", Path(options.model).name]
     for name, value in options.model_dump(exclude_defaults=True, exclude={"model"}).items():
         values = value if isinstance(value, list) else [Path(value).name if name == "baseline" else value]
@@ -141,7 +143,7 @@ def measure(
     dense = dense_folder(workdir, shape, progress)
     about = {
         "benchmark": "cpu_end_to_end",
-        "model": label,
+        "model": f"{label}, memory" if prefers_memory() else label,
         "pattern": pattern,
         "sparsity": sparsity,
         "parameters": shape.parameters,

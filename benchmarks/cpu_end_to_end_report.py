@@ -99,8 +99,9 @@ def bar_of(row: dict[str, Any]) -> float | None:
     """The ratio dense / sparse that a row has to reach; None where nothing is asked of it."""
     if row.get("engine") != "vllm":
         return None
+    model = row["model"].partition(",")[0]
     if row["phase"] == "memory" and row["what"] == "weights in the worker":
-        return 1 / WEIGHT_BARS[row["model"]] if row["model"] in WEIGHT_BARS else None
+        return 1 / WEIGHT_BARS[model] if model in WEIGHT_BARS else None
     if row["phase"] == "load" and row["what"] == "engine start":
         return 1 / LOAD_BAR
     speeds = SPEED_BARS.get(dense_linear(row))
@@ -108,7 +109,7 @@ def bar_of(row: dict[str, Any]) -> float | None:
         return None
     if row["phase"] == "prefill" or row["batch"] >= 16:
         return speeds["many"]
-    return speeds[row["batch"]][row["model"] in SPARSER] if row["batch"] in speeds else None
+    return speeds[row["batch"]][model in SPARSER] if row["batch"] in speeds else None
 
 
 def bars(rows: Rows) -> str:
