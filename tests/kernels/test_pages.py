@@ -3,6 +3,7 @@
 import torch
 
 from sparse_rt.benchmarking.processes import status_bytes
+from sparse_rt.benchmarking.weights import held_bytes
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.native import pages
 from sparse_rt.nn import SparseLinear
@@ -33,6 +34,29 @@ def test_other_memory_stays_as_it_is(tmp_path):
     pages.page_out(torch.ones(3))
     pages.page_out(torch.empty(0))
     assert status_bytes("VmRSS") > before - NBYTES // 2 and torch.equal(tensor, torch.ones(NBYTES // 4))
+
+
+def test_a_large_tensor_keeps_no_pages_of_what_was_freed_before():
+    """As when a model is loaded: all weights as they are stored, then one after the other gives way to its layout."""
+    cpu, count, nbytes = torch.device("cpu"), 24, 4 << 20
+    before = held_bytes(cpu)
+    for _ in range(2):  # malloc takes sizes that it has freed once from its heap the next time
+        stored = None
+        stored = [torch.ones(nbytes + nbytes // 2, dtype=torch.uint8) for _ in range(count)]
+    made = []
+    while stored:
+        stored.pop()
+        made.append(pages.empty(nbytes).fill_(1))
+    assert all(tensor.data_ptr() % pages.HUGE_PAGE == 0 for tensor in made)
+    assert held_bytes(cpu) - before < 1.1 * count * nbytes
+
+
+def test_the_pages_of_a_large_tensor_go_with_it():
+    before = status_bytes("RssAnon")
+    tensor = pages.empty(NBYTES).fill_(1)
+    assert status_bytes("RssAnon") - before > 0.9 * NBYTES
+    del tensor
+    assert status_bytes("RssAnon") - before < 0.1 * NBYTES
 
 
 def test_a_packed_layer_gives_its_part_of_the_file_back(tmp_path):
