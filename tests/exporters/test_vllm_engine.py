@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import helpers
+from damaged_folders import LAYER, damaged, dense_weight, flip_bit, without_metadata, without_weight
 from legacy_folders import compressed_tensors_folder, dense_folder
 from sparse_rt import assets
-from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header, sparse_header
+from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.exporter import reference_model
@@ -40,7 +41,6 @@ MAX_TOKENS = 24
 CHUNKS = {"max_num_batched_tokens": 32, "max_num_seqs": 8, "enable_prefix_caching": True}
 BEGINNING = [(7 * i) % 4000 + 1 for i in range(70)]
 LONG = [{"prompts": [[*BEGINNING, *end] for end in PROMPTS], "max_tokens": MAX_TOKENS}] * 2
-LAYER = "model.layers.0.mlp.down_proj"
 
 
 def family(folder: Path, name: str) -> Path:
@@ -75,35 +75,6 @@ def mixed_folder(source: Path, output: Path) -> Path:
         )
     writer.finish()
     return output
-
-
-def damaged(source: Path, output: Path, change) -> Path:
-    """A copy whose tensors and described weights went through ``change(tensors, weights)``; the index fits them."""
-    shutil.copytree(source, output)
-    (file,) = output.glob("*.safetensors")
-    tensors, weights = load_file(file), read_header(file).sparse()["weights"]
-    change(tensors, weights)
-    save_file(tensors, file, metadata=sparse_header(weights))
-    (index,) = output.glob("*.index.json")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
-    return output
-
-
-def forget_metadata(tensors, weights):
-    del tensors[f"{LAYER}.weight_meta"]
-
-
-def forget_weight(tensors, weights):
-    del tensors[f"{LAYER}.weight_meta"], tensors[f"{LAYER}.weight_values"], weights[LAYER]
-
-
-def store_dense(tensors, weights):
-    forget_weight(tensors, weights)
-    tensors[f"{LAYER}.weight"] = torch.zeros(128, 160)
-
-
-def flip_bit(tensors, weights):
-    tensors[f"{LAYER}.weight_bitmask"][7, 3] ^= 4
 
 
 def truncated(source: Path, output: Path) -> Path:
@@ -144,9 +115,9 @@ def folders(tmp_path_factory):
         made[f"dense {kind}"] = dense_folder(root / "llama", root / f"dense-{kind}", weights)
     made["adapter"] = adapter(root / "adapter")
     ragged = helpers.compress_folder(root / "llama", root / "ragged", "unstructured")
-    made["missing tensor"] = damaged(made["llama"], root / "bad-1", forget_metadata)
-    made["missing weight"] = damaged(made["llama"], root / "bad-2", forget_weight)
-    made["dense weight"] = damaged(made["llama"], root / "bad-3", store_dense)
+    made["missing tensor"] = damaged(made["llama"], root / "bad-1", without_metadata)
+    made["missing weight"] = damaged(made["llama"], root / "bad-2", without_weight)
+    made["dense weight"] = damaged(made["llama"], root / "bad-3", dense_weight)
     made["flipped bit"] = damaged(ragged, root / "bad-4", flip_bit)
     made["truncated"] = truncated(ragged, root / "bad-5")
     return made

@@ -1,23 +1,19 @@
 """`sparse-rt serve`: what is checked before vLLM starts, and one real server that answers."""
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 import helpers
 import legacy_folders
 import vllm_server
-from sparse_rt.checkpoint import read_header, sparse_header
+from damaged_folders import LAYER, damaged, dense_weight, flip_bit, integer_values, without_values, without_weight
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.progress import Progress
 from sparse_rt.tools.cli import main
@@ -25,7 +21,6 @@ from sparse_rt.workflows.serve import serve_command
 from sparse_rt.workflows.serve_threads import BIND_VARIABLE, CHOOSING
 
 KVCACHE = "VLLM_CPU_KVCACHE_SPACE"
-LAYER = "model.layers.0.mlp.down_proj"
 cpu_only = pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
 
 
@@ -146,41 +141,10 @@ def test_sparse_and_quantized_at_once_is_refused(quiet, dense_llama, tmp_path):
         serve_command(str(tmp_path / "old"), [])
 
 
-def damaged(source: Path, output: Path, change) -> Path:
-    """A copy whose tensors and described weights went through ``change(tensors, weights)``; the index fits them."""
-    shutil.copytree(source, output)
-    (file,) = output.glob("*.safetensors")
-    tensors, weights = load_file(file), read_header(file).sparse()["weights"]
-    change(tensors, weights)
-    save_file(tensors, file, metadata=sparse_header(weights))
-    (index,) = output.glob("*.index.json")
-    index.write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, file.name)}))
-    return output
-
-
-def without_tensor(tensors, weights):
-    del tensors[f"{LAYER}.weight_values"]
-
-
-def without_weight(tensors, weights):
-    for suffix in get_format(weights.pop(LAYER)["pattern"]).tensor_names:
-        del tensors[f"{LAYER}.{suffix}"]
-
-
-def dense_weight(tensors, weights):
-    m, n = weights[LAYER]["shape"]
-    without_weight(tensors, weights)
-    tensors[f"{LAYER}.weight"] = torch.zeros(m, n)
-
-
-def integer_values(tensors, weights):
-    tensors[f"{LAYER}.weight_values"] = tensors[f"{LAYER}.weight_values"].to(torch.int16)
-
-
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        (without_tensor, f"tensor {LAYER}.weight_values is missing .*safetensors announces"),
+        (without_values, f"tensor {LAYER}.weight_values is missing .*safetensors announces"),
         (without_weight, f"tensor {LAYER}.weight_.* of the manifest is missing"),
         (dense_weight, f"tensor {LAYER}.weight_.* of the manifest is missing"),
         (integer_values, f"{LAYER}: values are torch.int16 .*; allowed are"),
@@ -207,7 +171,7 @@ def test_what_the_config_tells_is_refused_before_vllm_starts(quiet, sparse_llama
 
 
 def test_a_refusal_is_one_sentence_and_exit_code_2(quiet, sparse_llama, tmp_path, capsys):
-    folder = damaged(sparse_llama, tmp_path / "bad", without_tensor)
+    folder = damaged(sparse_llama, tmp_path / "bad", without_values)
     with pytest.raises(SystemExit) as stopped:
         main(["serve", str(folder), "--", "--port", "8123"])
     assert stopped.value.code == 2
@@ -271,10 +235,6 @@ def test_a_real_server_says_the_same_as_transformers(exact_llama, tmp_path):
     with torch.no_grad():
         ids = load(exact_llama).generate(**inputs, max_new_tokens=16, do_sample=False)
     assert text == tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-
-def flip_bit(tensors, weights):
-    tensors[f"{LAYER}.weight_bitmask"][7, 3] ^= 4
 
 
 @pytest.mark.slow
