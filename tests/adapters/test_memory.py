@@ -48,7 +48,7 @@ print(memory("VmHWM") - before)
 def test_a_step_needs_one_layers_scratch(adapter, exact, pattern):
     program = STEP.format(size=SIZE, layers=LAYERS)
     command = [sys.executable, "-c", program, adapter, pattern, exact]
-    # Large tensors are mapped and given back one by one. From the heap of malloc, what was freed before a step may or may
+    # Large tensors are mapped and given back one by one. In the heap of malloc what was freed before a step may or may
     # not serve the step: the same step then adds between 0 and 52 MB.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
