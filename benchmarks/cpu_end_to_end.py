@@ -24,7 +24,8 @@ The models are made in the work folder and used again (random_llama.py says whic
     canonical     the memory with SPARSE_RT_PACK=0: compressed layers stay on the tensors of the file; in the other
                   parts they hold the layout that they run from instead
 
-With SPARSE_RT_PREFER=memory, which gives unstructured weights the smaller layout, rows are of the model "0.75, memory".
+With SPARSE_RT_PREFER=prefill, which chooses another layout at high sparsity, rows are of the model "0.75, prefill";
+with --compile, vLLM's default and a minute a start, of "0.75, compiled".
 
 One JSON row per figure, written as soon as its part is done; a part that fails makes an error row, and the exit status
 is 1. Dense vLLM multiplies with oneDNN, or with zentorch where that is installed: the rows say which.
@@ -47,7 +48,7 @@ from random_llama import Shape, dense_folder, sparse_folder
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.config import BenchOptions
 from sparse_rt.errors import SparseRTError, UserError
-from sparse_rt.kernels.native.packed import PREFER_VARIABLE, prefers_memory
+from sparse_rt.kernels.native.packed import PREFER_VARIABLE, SLOTS_FROM, preference
 from sparse_rt.nn import PACK_VARIABLE
 from sparse_rt.tools.console import ConsoleProgress
 from sparse_rt.workflows.bench import bench
@@ -59,9 +60,10 @@ FRESH_REPEATS = 3
 
 
 def part_options(
-    part: str, lengths: dict[str, int], batches: list[int], repeats: int, load: dict[str, Any]
+    part: str, lengths: dict[str, int], batches: list[int], repeats: int, load: dict[str, Any], compile: bool
 ) -> dict[str, Any]:
     """The fields of ``BenchOptions`` that a part sets; ``load`` holds those of the sweep."""
+    vllm = {"engine": ["vllm"], "compile": compile}
     short = {"prompt_tokens": lengths["prompt"], "new_tokens": lengths["new"], "repeats": repeats}
     long = {"prompt_tokens": lengths["prefill"], "new_tokens": 2, "repeats": repeats}
     fresh = {
@@ -70,9 +72,9 @@ def part_options(
         "repeats": min(FRESH_REPEATS, repeats),
     }
     return {
-        "vllm-decode": {"engine": ["vllm"], "phase": ["load", "memory", "decode"], "batch": batches, **short},
-        "vllm-prefill": {"engine": ["vllm"], "phase": ["prefill"], **long},
-        "vllm-serve": {"engine": ["vllm"], "phase": ["serve"], **short, **load},
+        "vllm-decode": {**vllm, "phase": ["load", "memory", "decode"], "batch": batches, **short},
+        "vllm-prefill": {**vllm, "phase": ["prefill"], **long},
+        "vllm-serve": {**vllm, "phase": ["serve"], **short, **load},
         "hf-decode": {"phase": ["decode"], **short},
         "hf-prefill": {"phase": ["prefill"], **long},
         "train": {"phase": ["disk", "load", "memory", "train"], **fresh},
@@ -114,8 +116,15 @@ def command(options: BenchOptions) -> str:
     words = [*settings, "sparse-rt", "bench", Path(options.model).name]
     for name, value in options.model_dump(exclude_defaults=True, exclude={"model"}).items():
         values = value if isinstance(value, list) else [Path(value).name if name == "baseline" else value]
-        words += [word for single in values for word in (f"--{name.replace('_', '-')}", str(single))]
+        option = f"--{name.replace('_', '-')}"
+        words += [word for single in values for word in ([option] if single is True else [option, str(single)])]
     return " ".join(words)
+
+
+def variant(compiled: bool) -> list[str]:
+    """How a model runs, as far as it is not the default."""
+    default = next(iter(SLOTS_FROM))
+    return [preference()] * (preference() != default) + ["compiled"] * compiled
 
 
 @contextmanager
@@ -143,7 +152,7 @@ def measure(
     dense = dense_folder(workdir, shape, progress)
     about = {
         "benchmark": "cpu_end_to_end",
-        "model": f"{label}, memory" if prefers_memory() else label,
+        "model": ", ".join([label, *variant(chosen["compile"])]),
         "pattern": pattern,
         "sparsity": sparsity,
         "parameters": shape.parameters,
@@ -178,6 +187,7 @@ def measure(
 @click.option("--train-tokens", type=int, default=256, show_default=True)
 @click.option("--request-rate", "rates", multiple=True, type=float, default=(1, 4, float("inf")), show_default=True)
 @click.option("--num-prompts", type=int, default=32, show_default=True, help="requests of each sample of vllm-serve")
+@click.option("--compile", "compiled", is_flag=True, help="vLLM compiles the models, its default")
 @click.option("--make-only", is_flag=True, help="make the models and stop")
 @click.option("--layers", type=int, default=Shape.layers, show_default=True)
 @click.option("--hidden", type=int, default=Shape.hidden, show_default=True)
@@ -185,12 +195,12 @@ def measure(
 @click.option("--heads", type=int, default=Shape.heads, show_default=True)
 @click.option("--kv-heads", type=int, default=Shape.kv_heads, show_default=True)
 @click.option("--vocabulary", type=int, default=Shape.vocabulary, show_default=True)
-def main(workdir, output, models, parts, threads, batches, repeats, rates, num_prompts, make_only, **sizes):
+def main(workdir, output, models, parts, threads, batches, repeats, rates, num_prompts, compiled, make_only, **sizes):
     lengths = {name: sizes.pop(f"{name}_tokens") for name in ("prompt", "new", "prefill", "train")}
     shape = Shape(**sizes)
     if threads:
         torch.set_num_threads(threads)
-    chosen = {"lengths": lengths, "batches": list(batches), "repeats": repeats}
+    chosen = {"lengths": lengths, "batches": list(batches), "repeats": repeats, "compile": compiled}
     chosen["load"] = {"request_rate": list(rates), "num_prompts": num_prompts}
     rows = []
     for label in models:

@@ -211,6 +211,9 @@ class BenchOptions(Options):
     request_rate: list[float] = Field(
         [1.0, 4.0, math.inf], min_length=1, description="requests a second of serve (repeatable); inf: all at once"
     )
+    compile: bool = Field(
+        False, description="vllm on a CPU: compile the models first, as vLLM does by default; a minute a start"
+    )
     num_prompts: int = Field(32, ge=1, description="requests of serve in each repetition")
     repeats: int = Field(5, ge=1, description="interleaved repetitions; the median counts")
     device: str = Field("auto", description="device of the hf engine: auto, cpu, cuda")

@@ -22,12 +22,17 @@ LAYOUTS = ("bitmask", "pairs", "slots")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 PANEL = 16
 
-# From this sparsity on `slots` is faster than `bitmask` from 4 tokens on and level with it at one (Zen 4, one core,
-# 11008 x 4096 bf16, own dense = 1: at 70 % and 1 token 2.0 against 1.9-2.1, at 16 tokens 1.1 against 0.9).
-SLOTS_FROM = 0.68
-# For who has no memory to spare for speed: at 75 % a bfloat16 weight takes 0.41 of dense as `slots` (3 bytes a kept
-# weight, and padding) and 0.31 as `bitmask`.
-PREFER_VARIABLE, PREFERENCES = "SPARSE_RT_PREFER", ("speed", "memory")
+# The sparsity from which a weight is laid out as `slots` instead of `bitmask`, by what its user prefers. `slots`
+# multiplies as often as there are kept weights, but reads 3 bytes for each and padding: at 75 % 0.41 of dense,
+# `bitmask` 0.31.
+# Time of `slots` over that of `bitmask` on two cores that share 33 GB/s (Zen 4, 2048 x 8192 bf16):
+#              1 token   4    16    64         where memory is not the limit (two cores, 60 GB/s, 16384 x 2048):
+#       70 %    1.09   0.96  0.80  0.71               0.90  0.84  0.79  0.73
+#       75 %    1.15   0.91  0.73  0.63               0.77  0.76  0.70  0.64
+#       80 %    1.02   0.80  0.63  0.53               0.67  0.70  0.61  0.55
+# A server has more cores and less bandwidth for each, and what a model takes counts: so few tokens decide by default.
+SLOTS_FROM = {"decode": 0.8, "prefill": 0.68, "memory": float("inf")}
+PREFER_VARIABLE = "SPARSE_RT_PREFER"
 _HEADER = struct.Struct("8sii4q40xq")  # magic to bytes, and nibbles, of srt_packed in csrc/packed.h
 
 
@@ -41,21 +46,23 @@ def choose_layout(pattern: str, dtype: torch.dtype, sparsity: float) -> tuple[st
 
     if pattern == "2:4" and runs("pairs"):
         return "pairs", "2:4 on this processor needs no expansion: half the products at any number of tokens"
-    if runs("slots") and prefers_memory():
-        return "bitmask", f"{PREFER_VARIABLE}=memory: smallest in memory, expanded in registers"
-    if sparsity >= SLOTS_FROM and runs("slots"):
-        return "slots", f"sparsity {sparsity:.0%} >= {SLOTS_FROM:.0%}: as many products as kept weights"
-    if runs("slots"):
-        return "bitmask", f"sparsity {sparsity:.0%} < {SLOTS_FROM:.0%}: smallest in memory, expanded in registers"
-    return "bitmask", f"the only layout that {isa} has for {str(dtype).removeprefix('torch.')}"
+    if not runs("slots"):
+        return "bitmask", f"the only layout that {isa} has for {str(dtype).removeprefix('torch.')}"
+    wanted = preference()
+    if sparsity >= SLOTS_FROM[wanted]:
+        limit = f"sparsity {sparsity:.0%} >= {SLOTS_FROM[wanted]:.0%}"
+        return "slots", f"{limit} ({PREFER_VARIABLE}={wanted}): as many products as kept weights"
+    return "bitmask", f"{PREFER_VARIABLE}={wanted}: smallest in memory, expanded in registers"
 
 
-def prefers_memory() -> bool:
-    """What ``SPARSE_RT_PREFER`` says; ``UserError`` for a word that it does not know."""
-    wanted = os.environ.get(PREFER_VARIABLE) or PREFERENCES[0]
-    if wanted not in PREFERENCES:
-        raise UserError(f"{PREFER_VARIABLE}={wanted}: allowed are {' (default) and '.join(PREFERENCES)}")
-    return wanted == "memory"
+def preference() -> str:
+    """What ``SPARSE_RT_PREFER`` says, a key of ``SLOTS_FROM``; ``UserError`` for a word that it does not know."""
+    default = next(iter(SLOTS_FROM))
+    wanted = os.environ.get(PREFER_VARIABLE) or default
+    if wanted not in SLOTS_FROM:
+        others = ", ".join(name for name in SLOTS_FROM if name != default)
+        raise UserError(f"{PREFER_VARIABLE}={wanted}: allowed are {default} (default), {others}")
+    return wanted
 
 
 def pack(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int, layout: str | None = None) -> Tensor:

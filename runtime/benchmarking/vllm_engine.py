@@ -44,7 +44,7 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
         "max_model_len": options.prompt_tokens + options.new_tokens,
         "enable_prefix_caching": False,
         # CUDA graphs are how vLLM is used on a GPU; on a CPU compiling costs a minute a start and helps both alike.
-        "enforce_eager": not torch.cuda.is_available(),
+        "enforce_eager": not (options.compile or torch.cuda.is_available()),
     }
     if torch.cuda.is_available():
         settings["gpu_memory_utilization"] = 0.45  # two engines share the GPU

@@ -13,7 +13,7 @@ from sparse_rt.errors import BackendError, FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.kernels import backends, packed
 from sparse_rt.kernels.native import library
-from sparse_rt.kernels.native.packed import DTYPES, SLOTS_FROM, choose_layout
+from sparse_rt.kernels.native.packed import DTYPES, PREFER_VARIABLE, SLOTS_FROM, choose_layout
 from sparse_rt.nn import SparseLinear, pack_weights
 
 BITS = {2: torch.int16, 4: torch.int32}
@@ -200,9 +200,9 @@ def test_a_pattern_that_the_weight_does_not_have_is_refused(use_isa):
         ("unstructured", torch.bfloat16, 0.0, "bitmask"),
         ("unstructured", torch.bfloat16, 0.5, "bitmask"),
         ("4:8", torch.bfloat16, 0.5, "bitmask"),
-        ("unstructured", torch.bfloat16, SLOTS_FROM, "slots"),
-        ("unstructured", torch.bfloat16, 0.75, "slots"),
-        ("1:4", torch.bfloat16, 0.75, "slots"),
+        ("unstructured", torch.bfloat16, 0.75, "bitmask"),
+        ("1:4", torch.bfloat16, 0.75, "bitmask"),
+        ("unstructured", torch.bfloat16, SLOTS_FROM["decode"], "slots"),
         ("unstructured", torch.bfloat16, 1.0, "slots"),
         *itertools.product(("2:4", "1:4", "unstructured"), (torch.float16, torch.float32), (0.5, 0.9), ("bitmask",)),
     ],
@@ -215,22 +215,37 @@ def test_the_layout_of_a_weight(use_isa, pattern, dtype, sparsity, layout):
 
 def test_a_packed_weight_has_the_chosen_layout(use_isa):
     use_isa("avx512_bf16")
-    for pattern, sparsity, layout in (("2:4", None, "pairs"), ("1:4", None, "slots"), ("unstructured", 0.5, "bitmask")):
+    for pattern, sparsity, layout in (("2:4", None, "pairs"), ("1:6", None, "slots"), ("unstructured", 0.5, "bitmask")):
         assert packed.describe(weight(pattern, 37, 132, sparsity, torch.bfloat16).pack())["layout"] == layout
 
 
-def test_who_prefers_memory_gets_the_smaller_layout(use_isa, monkeypatch):
+@pytest.mark.parametrize(
+    "preference, layouts",
+    [
+        (None, ["bitmask", "bitmask", "slots"]),
+        ("decode", ["bitmask", "bitmask", "slots"]),
+        ("prefill", ["bitmask", "slots", "slots"]),
+        ("memory", ["bitmask", "bitmask", "bitmask"]),
+    ],
+)
+def test_the_user_chooses_between_layouts(use_isa, monkeypatch, preference, layouts):
     use_isa("avx512_bf16")
-    sparse = weight("unstructured", 640, 1024, 0.75, torch.bfloat16)
-    fast = sparse.pack()
-    monkeypatch.setenv("SPARSE_RT_PREFER", "memory")
-    small = sparse.pack()
-    assert [packed.describe(found)["layout"] for found in (fast, small)] == ["slots", "bitmask"]
-    assert small.nbytes < 0.33 * 2 * 640 * 1024 < 0.4 * 2 * 640 * 1024 < fast.nbytes
+    if preference:
+        monkeypatch.setenv(PREFER_VARIABLE, preference)
+    sizes = []
+    for sparsity, layout in zip((0.5, 0.75, 0.9), layouts, strict=True):
+        tensor = weight("unstructured", 640, 1024, sparsity, torch.bfloat16).pack()
+        assert packed.describe(tensor)["layout"] == layout
+        sizes.append(tensor.nbytes / (2 * 640 * 1024))
+    assert 0.56 < sizes[0] < 0.58 and (sizes[1] > 0.4 if layouts[1] == "slots" else sizes[1] < 0.33)
     assert choose_layout("2:4", torch.bfloat16, 0.5)[0] == "pairs"  # no larger than what is stored
-    monkeypatch.setenv("SPARSE_RT_PREFER", "both")
-    with pytest.raises(UserError, match=r"SPARSE_RT_PREFER=both: allowed are speed \(default\) and memory"):
-        sparse.pack()
+
+
+def test_a_preference_that_does_not_exist(use_isa, monkeypatch):
+    use_isa("avx512_bf16")
+    monkeypatch.setenv(PREFER_VARIABLE, "both")
+    with pytest.raises(UserError, match=r"SPARSE_RT_PREFER=both: allowed are decode \(default\), prefill, memory"):
+        weight("unstructured", 16, 64, 0.5, torch.bfloat16).pack()
 
 
 @pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512"])
