@@ -52,13 +52,8 @@ def _compile() -> Path:
     compiler = build.find_compiler()
     identity = build.compiler_identity(compiler)
     flags = [*build.FLAGS, *build.openmp_flags(identity)]
-    folder = build.cache_dir() / "native"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    target = folder / f"dense_baseline-{build.cache_key([SOURCE], shlex.join([*compiler, identity]), flags)}.so"
-    with build.locked(target.with_suffix(".lock")):
-        if not target.is_file():
-            build.compile_library(compiler, flags, [SOURCE], target)
-    return build.trusted(target)
+    key = build.cache_key([SOURCE], shlex.join([*compiler, identity]), flags)
+    return build.cached("native", f"dense_baseline-{key}", compiler, flags, [SOURCE])
 
 
 def pack(weight: Tensor) -> Tensor:

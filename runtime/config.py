@@ -185,7 +185,8 @@ class GenerateOptions(Options):
     model: str
     prompt: str = Field(description="text to continue")
     max_new_tokens: int = Field(64, ge=1, description="tokens to add, chosen greedily")
-    device: str = Field("auto", description="auto, cpu or cuda")
+    engine: Literal["hf", "onnx"] = Field("hf", description="onnx: MODEL is a folder made by export --to onnx")
+    device: str = Field("auto", description="auto, cpu or cuda; onnx runs on the CPU")
     revision: str | None = None
 
 

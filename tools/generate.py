@@ -8,7 +8,7 @@ from sparse_rt.tools.console import show
 
 
 def report(result: dict[str, Any]) -> None:
-    show(result["prompt"] + result["text"], f"[{result['tokens_per_second']} tokens a second]")
+    show(result["prompt"] + result["text"], f"[{result['tokens_per_second']} tokens a second, {result['engine']}]")
 
 
 command = workflow_command(

@@ -13,7 +13,7 @@ from onnx import external_data_helper, numpy_helper
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed
 from sparse_rt.exporters.onnx.assemble import MODEL_NAME
-from sparse_rt.exporters.onnx.session import OnnxModel
+from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load
 from sparse_rt.optional import require
@@ -26,8 +26,10 @@ _PROMPT, _NEW_TOKENS, _PADDING = 17, 24, 5
 def check(source: Path, output: Path) -> dict[str, Any]:
     """Compare the ONNX folder ``output`` with the sparse-rt folder ``source``; returns the figures.
 
-    ``onnx.checker`` with shape inference, every compressed weight bit for bit, logits of plain ONNX Runtime against
-    torch float32 on the decompressed weights (prefill, single-token decode, left-padded batch), 24 greedy tokens.
+    ``onnx.checker`` with shape inference, every compressed weight bit for bit, then ONNX Runtime as it is and, where it
+    can be had, with our operators: logits against torch float32 on the decompressed weights (prefill, single-token
+    decode, left-padded batch) and 24 greedy tokens. ``kernel`` says what ran the latter, whose figures begin with
+    ``native_``.
     Raises ``CheckFailed`` with the numbers of the first comparison that does not hold.
     """
     require("onnxruntime", extra="onnx")
@@ -38,7 +40,12 @@ def check(source: Path, output: Path) -> dict[str, Any]:
         raise CheckFailed(f"{MODEL_NAME} is not a valid ONNX model: {str(error).splitlines()[0]}") from error
     figures: dict[str, Any] = {"weights_equal": check_weights(Checkpoint.open(source), path)}
     reference = load(source, dtype=torch.float32, dequantize=True)
-    return figures | compare_runs(reference, OnnxModel(output))
+    figures |= compare_runs(reference, OnnxModel(output, kernel="body"))
+    model = OnnxModel(output)
+    figures["kernel"] = model.kernel
+    if figures["kernel"] != "body":
+        figures |= {f"native_{name}": figure for name, figure in compare_runs(reference, model).items()}
+    return figures
 
 
 def check_weights(checkpoint: Checkpoint, path: Path) -> int:

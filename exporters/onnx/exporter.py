@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.checkpoint import Checkpoint, read_json
 from sparse_rt.config import Options, parse_size
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
@@ -34,6 +34,15 @@ class OnnxOptions(Options):
     )
     fold_budget: str | int = Field("4GB", description="largest memory peak of folding at load that auto accepts")
     opset: int = Field(23, ge=18, le=23, description="ONNX operator set")
+    genai: bool = Field(
+        False, description="files for onnxruntime-genai: its configuration, and the operators compiled for this machine"
+    )
+
+    @model_validator(mode="after")
+    def _genai(self):
+        if self.genai and self.form != "function":
+            raise ValueError(f"genai is for form=function, not form={self.form}")
+        return self
 
 
 @register_exporter
@@ -49,10 +58,13 @@ class OnnxExporter(Exporter):
         body = choose_body(checkpoint, chosen)
         import onnx
 
+        from sparse_rt.exporters.onnx import genai
         from sparse_rt.exporters.onnx.assemble import MODEL_NAME, Assembler
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.trace import take_weights, trace
 
+        if chosen.genai:
+            genai.check_type(read_json(source / "config.json"))
         model = _load(source)
         weights = take_weights(model)
         _check_coverage(checkpoint, weights)
@@ -66,6 +78,8 @@ class OnnxExporter(Exporter):
         onnx.checker.check_model(str(output / MODEL_NAME))
         write_dense_config(source, output)
         copy_side_files(source, output)
+        if chosen.genai:
+            genai.write_genai(output, proto)
         write_readme(output, checkpoint, facts, FOLD_BYTES_PER_WEIGHT)
         return {**facts, "sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
 

@@ -48,23 +48,30 @@ def build(rebuild: bool = False) -> Path:
     compiler = find_compiler()
     identity = compiler_identity(compiler)
     flags = [*FLAGS, *openmp_flags(identity)]
-    folder = cache_dir() / "native"
     with as_file(files("sparse_rt.kernels.native").joinpath("csrc")) as csrc:
         sources = sorted(csrc.glob("*.[ch]"))
-        target = folder / f"sparse_rt_native-{cache_key(sources, identity, flags)}.so"
-        try:
-            if target.is_file() and not rebuild:
-                return trusted(target)
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with locked(target.with_suffix(".lock")):
-                if rebuild or not target.is_file():
-                    compile_library(compiler, flags, [s for s in sources if s.suffix == ".c"], target)
+        name = f"sparse_rt_native-{cache_key(sources, identity, flags)}"
+        return cached("native", name, compiler, flags, [s for s in sources if s.suffix == ".c"], rebuild)
+
+
+def cached(
+    folder: str, name: str, compiler: list[str], flags: list[str], sources: list[Path], rebuild: bool = False
+) -> Path:
+    """``name``.so in ``folder`` of the cache, made from ``sources`` when it is not there; ``BuildError``."""
+    target = cache_dir() / folder / f"{name}.so"
+    try:
+        if target.is_file() and not rebuild:
             return trusted(target)
-        except OSError as error:
-            raise BuildError(
-                f"the cache folder {folder} cannot be used ({error.strerror or error}); "
-                f"set {CACHE_VARIABLE} to a folder that can"
-            ) from error
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with locked(target.with_suffix(".lock")):
+            if rebuild or not target.is_file():
+                compile_library(compiler, flags, sources, target)
+        return trusted(target)
+    except OSError as error:
+        raise BuildError(
+            f"the cache folder {target.parent} cannot be used ({error.strerror or error}); "
+            f"set {CACHE_VARIABLE} to a folder that can"
+        ) from error
 
 
 def find_compiler() -> list[str]:

@@ -68,7 +68,7 @@ def model_bytes(folder: Path) -> int:
 
 
 def _open(folder: Path):
-    from sparse_rt.exporters.onnx.session import OnnxModel
+    from sparse_rt.exporters.onnx.generation import OnnxModel
 
     return OnnxModel(folder, threads=torch.get_num_threads())
 

@@ -15,23 +15,47 @@ from sparse_rt.progress import Progress
 
 
 def generate(options: GenerateOptions, progress: Progress | None = None) -> dict[str, Any]:
-    """Continue ``options.prompt`` greedily; returns the text, the token ids and tokens a second."""
+    """Continue ``options.prompt`` greedily; returns the text, the token ids, tokens a second and what ran."""
     progress = progress or Progress()
     progress.stage("loading the model")
     tokenizer = load_tokenizer(options.model, options.revision)
-    model = load(options.model, revision=options.revision).to(pick_device(options.device))
-    inputs = tokenizer(options.prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].numel() == 0:
+    prompt = tokenizer(options.prompt)["input_ids"]
+    if not prompt:
         raise UserError("the prompt has no tokens; give some text")
-    start = time.perf_counter()
-    with torch.no_grad():
-        ids = model.generate(**inputs, max_new_tokens=options.max_new_tokens, do_sample=False)
-    seconds = time.perf_counter() - start
-    new = ids[0, inputs["input_ids"].shape[1] :]
+    new, seconds, engine = {"hf": _transformers, "onnx": _onnx}[options.engine](prompt, options)
     return {
         "model": str(options.model),
+        "engine": engine,
         "prompt": options.prompt,
         "text": tokenizer.decode(new, skip_special_tokens=True),
-        "token_ids": new.tolist(),
+        "token_ids": new,
         "tokens_per_second": round(len(new) / seconds, 2),
     }
+
+
+def _transformers(prompt: list[int], options: GenerateOptions) -> tuple[list[int], float, str]:
+    """New tokens, seconds, and what ran."""
+    model = load(options.model, revision=options.revision).to(pick_device(options.device))
+    ids = torch.tensor([prompt], device=model.device)
+    start = time.perf_counter()
+    with torch.no_grad():
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=options.max_new_tokens, do_sample=False
+        )
+    return found[0, len(prompt) :].tolist(), time.perf_counter() - start, f"transformers on {model.device}"
+
+
+def _onnx(prompt: list[int], options: GenerateOptions) -> tuple[list[int], float, str]:
+    from sparse_rt.exporters.onnx.generation import OnnxModel, end_of_text
+
+    if options.device not in ("auto", "cpu"):
+        raise UserError(f"device {options.device}: the engine onnx runs on the CPU; leave device out")
+    model = OnnxModel(options.model)
+    kernel = model.kernel
+    start = time.perf_counter()
+    (new,) = model.generate(prompt, options.max_new_tokens, eos=end_of_text(options.model))
+    return (
+        new.tolist(),
+        time.perf_counter() - start,
+        f"onnxruntime {model.ort.__version__}, compressed layers: {kernel}",
+    )

@@ -13,12 +13,14 @@ import torch
 
 import helpers
 from sparse_rt.checkpoint import Checkpoint, WeightEntry
-from sparse_rt.config import ExportOptions
+from sparse_rt.config import ExportOptions, GenerateOptions
 from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.exporters.onnx import session, which_kernel
 from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions, choose_body
-from sparse_rt.exporters.onnx.session import OnnxModel
+from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.trace import trace
 from sparse_rt.workflows.export import export
+from sparse_rt.workflows.generate import generate
 
 
 def exported(folder, family, pattern, **options):
@@ -63,6 +65,27 @@ def test_llama_agrees_with_torch(llama):
     assert result["facts"]["form"] == "function" and result["facts"]["body"] == "folding"
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json", "README.md"} <= set(result["files"])
     assert result["bytes"] == sum(file.stat().st_size for file in output.iterdir())
+
+
+def test_the_same_holds_for_the_operators_of_the_library(llama):
+    _, output, result = llama
+    check = result["check"]
+    assert check["kernel"].startswith("native (") and check["native_greedy_equal"] == 24
+    for name in ("prefill", "decode", "padded_batch"):
+        assert 0 < check[f"native_{name}_max_difference"] < 1e-5 * max(1.0, check["logit_scale"]), name
+    assert OnnxModel(output, kernel="native").kernel == check["kernel"]
+    assert OnnxModel(output, kernel="body").kernel == "body"
+    assert which_kernel(session(output, threads=1)) == check["kernel"]
+
+
+def test_generate_from_an_exported_folder(llama):
+    source, output, _ = llama
+    words = {"prompt": "def main():", "max_new_tokens": 12}
+    found = generate(GenerateOptions.build(model=str(output), engine="onnx", **words))
+    assert found["token_ids"] == generate(GenerateOptions.build(model=str(source), **words))["token_ids"]
+    assert re.fullmatch(r"onnxruntime [\d.]+, compressed layers: native \(\w+\)", found["engine"])
+    with pytest.raises(UserError, match="device cuda: the engine onnx runs on the CPU"):
+        generate(GenerateOptions.build(model=str(output), engine="onnx", device="cuda", **words))
 
 
 def test_weights_stay_compressed_on_disk(llama):

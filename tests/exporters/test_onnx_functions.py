@@ -2,18 +2,15 @@
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
+from onnx_models import operator_model, session
 
 import helpers
 from sparse_rt.exporters.onnx import functions
-from sparse_rt.formats import get_format
-from sparse_rt.formats.packing import row_counts
 
-TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
 # pattern, out_features, in_features: one byte or less, a byte and a bit, whole bytes, a rest; below, at and beyond one
 # block of 64 rows.
 SHAPES = [
@@ -29,48 +26,6 @@ SHAPES = [
     ("4:8", 70, 8),
     ("4:8", 3, 64),
 ]
-
-
-def initializer(name, tensor):
-    raw = tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    kind = {torch.uint8: TensorProto.UINT8, torch.int32: TensorProto.INT32, **TYPES}[tensor.dtype]
-    return helper.make_tensor(name, kind, tensor.shape, raw, raw=True)
-
-
-def operator_model(weight, pattern, body, x_type=TensorProto.FLOAT, rank=2, opset=23, whole_bytes=None):
-    """A model of one operator holding ``weight`` [m, n]."""
-    fmt, (m, n) = get_format(pattern), weight.shape
-    values, metadata = fmt.compress(weight, fmt.mask_of(weight))
-    tensors = {"values": values, "meta": metadata}
-    if pattern != "2:4":
-        offsets = torch.nn.functional.pad(row_counts(metadata).cumsum(0), (1, 0)).to(torch.int32)
-        tensors = {"values": values.flatten(), "mask": metadata, "row_offsets": offsets}
-    name = functions.operator_of(pattern)
-    node = helper.make_node(name, ["x", *tensors], ["y"], domain=functions.DOMAIN, in_features=n)
-    lead = ["batch", "sequence"][: rank - 1]
-    graph = helper.make_graph(
-        [node],
-        "one",
-        [helper.make_tensor_value_info("x", x_type, [*lead, n])],
-        [helper.make_tensor_value_info("y", x_type, [*lead, m])],
-        [initializer(key, tensor) for key, tensor in tensors.items()],
-    )
-    whole = n % 8 == 0 if whole_bytes is None else whole_bytes
-    return helper.make_model(
-        graph,
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(functions.DOMAIN, functions.VERSION)],
-        functions=[functions.function(name, body, opset, whole)],
-        ir_version=10,
-    )
-
-
-def session(model, **options):
-    settings = onnxruntime.SessionOptions()
-    settings.log_severity_level = 3
-    settings.intra_op_num_threads = 1
-    for key, value in options.items():
-        setattr(settings, key, value)
-    return onnxruntime.InferenceSession(model.SerializeToString(), settings, providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize("body", functions.BODIES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_rt.errors import UserError
+from sparse_rt.exporters.onnx.engine import Kernel, session, which_kernel
 from sparse_rt.optional import require
 
 
@@ -25,27 +26,21 @@ class Timings:
 
 
 class OnnxModel:
-    """An exported folder in an ``onnxruntime.InferenceSession`` on the CPU.
+    """An exported folder in an ``onnxruntime.InferenceSession`` on the CPU; arguments and errors of ``session``."""
 
-    ``threads`` is ONNX Runtime's intra-op pool, None its own choice. Raises ``UserError`` when the folder holds no
-    model or onnxruntime is not installed.
-    """
-
-    def __init__(self, folder: str | Path, threads: int | None = None):
+    def __init__(self, folder: str | Path, threads: int | None = None, kernel: Kernel = "auto"):
         self.ort = require("onnxruntime", extra="onnx")
-        path = Path(folder) / "model.onnx"
-        if not path.is_file():
-            raise UserError(f"{folder} holds no model.onnx; make one with `sparse-rt export MODEL --to onnx`")
-        options = self.ort.SessionOptions()
-        options.log_severity_level = 3
-        if threads is not None:
-            options.intra_op_num_threads = threads
         begin = time.perf_counter()
-        self.session = self.ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self.session = session(folder, threads, kernel)
         self.timings = Timings(load=time.perf_counter() - begin)
         _give_back_memory()
         self._inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
         self._outputs = [entry.name for entry in self.session.get_outputs()]
+
+    @property
+    def kernel(self) -> str:
+        """``which_kernel`` of the session."""
+        return which_kernel(self.session)
 
     def empty_past(self, batch: int) -> dict:
         """Past keys and values of length 0, each [batch, kv heads, 0, head dim] float32."""
@@ -77,10 +72,13 @@ class OnnxModel:
         ids = np.atleast_2d(ids)
         return self.step(ids, np.ones_like(ids) if mask is None else mask)[0]
 
-    def generate(self, ids: Sequence[int] | np.ndarray, max_new_tokens: int, eos: int | None = None) -> np.ndarray:
+    def generate(
+        self, ids: Sequence[int] | np.ndarray, max_new_tokens: int, eos: int | Sequence[int] | None = None
+    ) -> np.ndarray:
         """Greedy continuation of one prompt [S] or a batch of equal length [B, S]: new tokens [B, <= max_new_tokens].
 
-        Stops early when every sequence has produced ``eos``. ``timings`` then holds the seconds of every step.
+        Stops early when every sequence has produced ``eos`` (one of them). ``timings`` then holds the seconds of every
+        step.
         """
         ids = np.atleast_2d(np.asarray(ids, np.int64))
         mask = np.ones_like(ids)
@@ -98,10 +96,20 @@ class OnnxModel:
                 self.timings.prefill = seconds
             tokens.append(ids)
             mask = np.concatenate([mask, np.ones_like(ids)], axis=1)
-            finished |= ids[:, 0] == (-1 if eos is None else eos)
+            finished |= np.isin(ids[:, 0], [] if eos is None else eos)
             if finished.all():
                 break
         return np.concatenate(tokens, axis=1) if tokens else np.zeros((ids.shape[0], 0), np.int64)
+
+
+def end_of_text(folder: str | Path) -> list[int]:
+    """The tokens that end a text, from generation_config.json or config.json of ``folder``; [] where none is named."""
+    for name in ("generation_config.json", "config.json"):
+        path = Path(folder) / name
+        found = json.loads(path.read_text()).get("eos_token_id") if path.is_file() else None
+        if found is not None:
+            return list(found) if isinstance(found, list) else [found]
+    return []
 
 
 def _give_back_memory() -> None:

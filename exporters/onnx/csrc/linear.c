@@ -1,0 +1,176 @@
+/* The product: x as float, units of rows shared among the caller's threads, y in its dtype. */
+#include "linear.h"
+
+#include <stdlib.h>
+
+#include "scalar_float.h"
+
+enum { CHUNKS = 64, X_CHUNK_TOKENS = 8, ALIGNMENT = 64 };
+
+static const srt_linear *const best_first[] = {
+#if defined(__x86_64__)
+    &srt_linear_avx512,
+    &srt_linear_avx2,
+#endif
+    &srt_linear_scalar,
+};
+
+static const srt_linear *linear = &srt_linear_scalar;
+
+int srt_use_linear(const char *name)
+{
+    for (size_t i = 0; i < sizeof best_first / sizeof *best_first; i++) {
+        const srt_rows *rows = best_first[i]->rows;
+        if ((name[0] == '\0' || strcmp(name, rows->name) == 0) && rows->supported()) {
+            linear = best_first[i];
+            return 0;
+        }
+    }
+    return -1;
+}
+
+const srt_linear *srt_chosen_linear(void) { return linear; }
+
+__attribute__((constructor)) static void on_load(void) { srt_use_linear(""); }
+
+typedef struct {
+    const srt_weight *w;
+    const srt_linear *kernels;
+    const char *x;
+    char *y;
+    float *natural, *ordered; /* x [tokens][ldx], the latter for few_rows only */
+    int64_t tokens, ldx, units, chunks;
+    int dtype, few;
+} product;
+
+/* ---- x -------------------------------------------------------------------------------------------------------- */
+
+static void prepare_chunk(void *data, size_t index)
+{
+    const product *p = data;
+    int64_t first = (int64_t)index * X_CHUNK_TOKENS, last = srt_min(first + X_CHUNK_TOKENS, p->tokens), n = p->w->n;
+    for (int64_t token = first; token < last; token++) {
+        float *to = p->natural + token * p->ldx;
+        p->kernels->widen(p->x + token * n * srt_number_bytes(p->dtype), n, p->dtype, to);
+        memset(to + n, 0, sizeof(float) * (size_t)(p->ldx - n));
+        if (p->few)
+            p->kernels->few_order(to, p->ldx, p->w->dtype, p->ordered + token * p->ldx);
+    }
+}
+
+/* ---- a unit of rows ------------------------------------------------------------------------------------------- */
+
+/* panel [16][512] = `columns` columns of a unit's rows from column `at` on, zeros behind them and in rows that are not
+ * there; from [16]: where the values of the rows go on. */
+static void expand(const product *p, int64_t row, int64_t count, int64_t at, int64_t columns, const char **from,
+                   float *panel)
+{
+    const srt_weight *w = p->w;
+    _Alignas(ALIGNMENT) char narrow[SRT_PANEL_COLUMNS * 4];
+    int wide = w->dtype == SRT_FP32;
+    for (int64_t r = 0; r < SRT_UNIT; r++) {
+        float *out = panel + r * SRT_PANEL_COLUMNS;
+        char *to = wide ? (char *)out : narrow;
+        if (r >= count) {
+            memset(out, 0, sizeof(float) * SRT_PANEL_COLUMNS);
+            continue;
+        }
+        const uint8_t *meta = w->meta + (row + r) * srt_meta_bytes(w) + at / 8;
+        if (w->offsets) {
+            from[r] = p->kernels->rows->expand[wide](from[r], w->values_end, meta, to, columns, 0);
+        } else {
+            p->kernels->rows->expand24[wide](from[r], meta, to, columns, 0);
+            from[r] += columns / 2 * srt_number_bytes(w->dtype);
+        }
+        if (!wide)
+            p->kernels->widen(narrow, columns, w->dtype, out);
+        for (int64_t c = columns; c % SRT_LANES; c++)
+            out[c] = 0;
+    }
+}
+
+/* y [tokens][16 rows] of one unit from sums that are already added. */
+static void store(const product *p, int64_t row, int64_t count, int64_t token, const float *out)
+{
+    int64_t size = srt_number_bytes(p->dtype);
+    char *y = p->y + (token * p->w->m + row) * size;
+    for (int64_t r = 0; r < count; r++)
+        srt_store_float(y + r * size, out[r], p->dtype);
+}
+
+static void multiply_panel(const product *p, int64_t row, int64_t count, int64_t first, int64_t last)
+{
+    _Alignas(ALIGNMENT) float panel[SRT_UNIT * SRT_PANEL_COLUMNS];
+    _Alignas(ALIGNMENT) float sums[SRT_BLOCK_TOKENS * SRT_UNIT * SRT_LANES];
+    const char *from[SRT_UNIT];
+    for (int64_t r = 0; r < count; r++)
+        from[r] = srt_row_values(p->w, row + r);
+    memset(sums, 0, sizeof(float) * (size_t)((last - first) * SRT_UNIT * SRT_LANES));
+    for (int64_t at = 0; at < p->w->n; at += SRT_PANEL_COLUMNS) {
+        int64_t columns = srt_min(p->w->n - at, SRT_PANEL_COLUMNS);
+        expand(p, row, count, at, columns, from, panel);
+        p->kernels->tile(panel, (columns + SRT_LANES - 1) / SRT_LANES * SRT_LANES, p->natural + first * p->ldx + at,
+                         p->ldx, last - first, sums);
+    }
+    for (int64_t token = first; token < last; token++) {
+        float out[SRT_UNIT];
+        p->kernels->add_lanes(sums + (token - first) * SRT_UNIT * SRT_LANES, out);
+        store(p, row, count, token, out);
+    }
+}
+
+/* Whether a vector may be loaded from every value before row `end`. */
+static int has_room(const srt_weight *w, int64_t end) { return w->values_end - srt_row_values(w, end) >= 64; }
+
+static void multiply_few(const product *p, int64_t row, int64_t count)
+{
+    float out[SRT_MAX_FEW * SRT_UNIT];
+    p->kernels->few_rows(p->w, row, count, p->ordered, p->ldx, (int)p->tokens, out);
+    for (int64_t token = 0; token < p->tokens; token++)
+        store(p, row, count, token, out + token * SRT_UNIT);
+}
+
+static void multiply_chunk(void *data, size_t index)
+{
+    const product *p = data;
+    int64_t first = p->units * (int64_t)index / p->chunks, last = p->units * ((int64_t)index + 1) / p->chunks;
+    for (int64_t unit = first; unit < last; unit++) {
+        int64_t row = unit * SRT_UNIT, count = srt_min(p->w->m - row, SRT_UNIT);
+        if (p->few && has_room(p->w, row + count)) {
+            multiply_few(p, row, count);
+            continue;
+        }
+        for (int64_t token = 0; token < p->tokens; token += SRT_BLOCK_TOKENS)
+            multiply_panel(p, row, count, token, srt_min(token + SRT_BLOCK_TOKENS, p->tokens));
+    }
+}
+
+/* ---- the whole ------------------------------------------------------------------------------------------------ */
+
+
+int srt_multiply_rows(const srt_weight *w, const void *x, int64_t tokens, void *y, int dtype, srt_spread *spread,
+                      void *threads)
+{
+    product p = {.w = w, .kernels = srt_chosen_linear(), .x = x, .y = y, .tokens = tokens, .dtype = dtype};
+    if (tokens == 0 || w->m == 0)
+        return 0;
+    p.few = tokens <= p.kernels->few;
+    p.ldx = srt_divide_up(w->n, SRT_X_ALIGN) * SRT_X_ALIGN;
+    p.units = srt_divide_up(w->m, SRT_UNIT);
+    p.chunks = srt_min(p.units, CHUNKS);
+    size_t bytes = sizeof(float) * (size_t)(tokens * p.ldx);
+    p.natural = aligned_alloc(ALIGNMENT, (p.few ? 2 : 1) * (bytes ? bytes : ALIGNMENT));
+    if (p.natural == NULL)
+        return -1;
+    p.ordered = p.natural + tokens * p.ldx;
+    int64_t x_chunks = srt_divide_up(tokens, X_CHUNK_TOKENS);
+    int failed = 0;
+    if (x_chunks == 1)
+        prepare_chunk(&p, 0);
+    else
+        failed = spread(threads, prepare_chunk, (size_t)x_chunks, &p);
+    if (!failed)
+        failed = spread(threads, multiply_chunk, (size_t)p.chunks, &p);
+    free(p.natural);
+    return failed;
+}

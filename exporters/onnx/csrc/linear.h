@@ -1,0 +1,75 @@
+/* y = x W^T with a weight that is read where it lies: the canonical values and metadata of an ONNX file, mapped into
+ * memory and never rearranged.
+ *
+ * Rows are taken 16 at a time (a unit). With few tokens a row is expanded in registers and multiplied as it is read. With
+ * more a part of the unit is expanded to float once (the panel) and multiplied with a block of tokens. All sums are
+ * float32; how they are grouped depends on the number of tokens, never on the number of threads.
+ */
+#ifndef SPARSE_RT_ORT_LINEAR_H
+#define SPARSE_RT_ORT_LINEAR_H
+
+#include <stdint.h>
+
+#include "numbers.h"
+#include "rows.h"
+
+/* Panel: 16 rows x 512 columns (32 KB, of which a tile reads 4 rows). A block of tokens: its part of x (192 KB) and its
+ * sums (96 KB) stay in the second-level cache. */
+enum { SRT_UNIT = 16, SRT_LANES = 16, SRT_PANEL_COLUMNS = 512, SRT_BLOCK_TOKENS = 96, SRT_X_ALIGN = 64 };
+enum { SRT_MAX_FEW = 4, SRT_MESSAGE = 256 };
+
+typedef struct {
+    const char *values, *values_end; /* row by row, columns ascending; nothing behind the end is read */
+    const uint8_t *meta;             /* [m][ceil(n / 8)]: bitmask, or nibbles of 2:4 */
+    const int32_t *offsets;          /* [m + 1]: first value of a row; NULL: 2:4, n / 2 values a row */
+    int64_t m, n;
+    int dtype; /* SRT_BF16, SRT_FP16, SRT_FP32 */
+} srt_weight;
+
+static inline int64_t srt_meta_bytes(const srt_weight *w) { return (w->n + 7) / 8; }
+static inline const char *srt_row_values(const srt_weight *w, int64_t row)
+{
+    return w->values + (w->offsets ? (int64_t)w->offsets[row] : row * (w->n / 2)) * srt_number_bytes(w->dtype);
+}
+
+/* One instruction set. */
+typedef struct {
+    const srt_rows *rows;
+    int few; /* up to so many tokens are multiplied with rows as they are read, at most SRT_MAX_FEW; 0: none */
+
+    /* out [tokens][16] = the rows [row, row + count) of one unit times x [tokens][ldx], ldx a multiple of 64, zeros behind
+     * column n, its order as few_order says. 64 bytes may be read behind the values of every row. */
+    void (*few_rows)(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens,
+                     float *out);
+    /* x [ldx] in the order in which few_rows wants it for weights of dtype. */
+    void (*few_order)(const float *x, int64_t ldx, int dtype, float *out);
+
+    /* sums [tokens][16][16 lanes] += panel [16][512] times x [tokens][ldx] over `columns` columns, a multiple of 16. */
+    void (*tile)(const float *panel, int64_t columns, const float *x, int64_t ldx, int64_t tokens, float *sums);
+    /* out [16] = the sums of the lanes of sums [16][16]. */
+    void (*add_lanes)(const float *sums, float *out);
+    /* `count` numbers of dtype -> float32. */
+    void (*widen)(const void *from, int64_t count, int dtype, float *out);
+} srt_linear;
+
+extern const srt_linear srt_linear_scalar;
+#if defined(__x86_64__)
+extern const srt_linear srt_linear_avx2, srt_linear_avx512;
+#endif
+
+/* Chooses one by name, or with "" the best that this processor runs. 0, or -1 where there is none. */
+int srt_use_linear(const char *name);
+const srt_linear *srt_chosen_linear(void);
+
+/* 0, or -1 with a sentence in message [SRT_MESSAGE]: row offsets and metadata that contradict each other or the number of
+ * values. Only a weight that passed may be multiplied with. */
+int srt_check_weight(const srt_weight *w, int64_t values, char *message);
+
+/* Runs `run` for 0 .. count - 1 on the caller's threads; 0, or -1 where it could not. */
+typedef int srt_spread(void *threads, void (*run)(void *data, size_t index), size_t count, void *data);
+
+/* y [tokens][m] of dtype = x [tokens][n] of dtype times the weight. 0, or -1 for want of memory or threads. */
+int srt_multiply_rows(const srt_weight *w, const void *x, int64_t tokens, void *y, int dtype, srt_spread *spread,
+                      void *threads);
+
+#endif

@@ -1,0 +1,277 @@
+"""The operators as a library in the real ONNX Runtime: against float64, on every instruction set, with bad files."""
+
+import threading
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx_models import TYPES, operator_model, operator_tensors, session
+
+import helpers
+from sparse_rt.errors import BackendError, UserError
+from sparse_rt.exporters.onnx import engine, library
+
+ISAS = ("scalar", "avx2", "avx512")
+PATTERNS = ("unstructured", "2:4", "4:8")
+# One column, one byte, whole words of 64 and a rest, more than one panel of 512 columns; one row, 16 and a rest.
+SHAPES = {
+    "unstructured": [(1, 1), (5, 7), (16, 8), (33, 64), (17, 100), (40, 600), (20, 1024)],
+    "2:4": [(1, 4), (7, 12), (33, 64), (17, 100), (40, 600), (20, 1024)],
+    "4:8": [(3, 8), (33, 64), (40, 600)],
+}
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 17, 97)
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+@pytest.fixture
+def use_isa():
+    def choose(name):
+        try:
+            library.use_isa(name)
+        except BackendError as error:
+            pytest.skip(str(error))
+
+    yield choose
+    library.use_isa("")
+
+
+def native(model, threads=1, **options):
+    return session(model, threads, lambda settings: engine.register(settings, required=True), **options)
+
+
+def counted(run):
+    """The result of ``run()`` and how many calls of the library it made."""
+    before = library.calls()
+    return run(), library.calls() - before
+
+
+def relative_error(y, expected):
+    return np.abs(y - expected.numpy()).max() / max(1e-3, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("values", TYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_products_equal_float64(use_isa, isa, values, pattern):
+    use_isa(isa)
+    for m, n in SHAPES[pattern]:
+        weight = helpers.random_weight(m, n, pattern, dtype=values)
+        if pattern == "unstructured":
+            weight[m // 2] = 0.0 if m > 1 else 1.0  # an empty row
+        runtime = native(operator_model(weight, pattern, None))
+        for tokens in TOKENS:
+            x = torch.randn(tokens, n)
+            (y,), calls = counted(lambda x=x, runtime=runtime: runtime.run(None, {"x": x.numpy()}))
+            assert calls == 1
+            assert relative_error(y, x.double() @ weight.double().T) <= TOLERANCE[torch.float32], (m, n, tokens)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("values", TYPES, ids=str)
+@pytest.mark.parametrize("activations", TYPES, ids=str)
+def test_every_pair_of_dtypes(use_isa, isa, values, activations):
+    """A registered operator hides the function for types that it lacks, so it must not lack any."""
+    use_isa(isa)
+    weight = helpers.random_weight(40, 72, "unstructured", dtype=values)
+    runtime = native(operator_model(weight, "unstructured", None, TYPES[activations], cast=True))
+    for tokens in (1, 3, 9):
+        x = torch.randn(tokens, 72).to(activations)
+        (y,) = runtime.run(None, {"x": x.float().numpy()})
+        assert relative_error(y, x.double() @ weight.double().T) <= TOLERANCE[activations]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+@pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
+def test_any_number_of_dimensions(pattern, lead):
+    weight = helpers.random_weight(24, 64, pattern)
+    runtime = native(operator_model(weight, pattern, "folding", rank=len(lead) + 1))
+    x = torch.randn(*lead, 64)
+    (y,) = runtime.run(None, {"x": x.numpy()})
+    assert y.shape == (*lead, 24)
+    assert np.allclose(y, x @ weight.T, atol=1e-5)
+
+
+def test_a_weight_without_any_value():
+    weight = torch.zeros(20, 64)
+    tensors = operator_tensors(weight, "unstructured") | {"values": torch.zeros(1)}
+    (y,) = native(operator_model(weight, "unstructured", None, tensors=tensors)).run(
+        None, {"x": np.ones((2, 64), "f4")}
+    )
+    assert not y.any()
+
+
+def test_special_values_survive():
+    """Infinities and negative zeros are values like any other, and a NaN stays in its row."""
+    weight = torch.zeros(3, 64)
+    weight[0, 1], weight[1, 2], weight[2, 3] = float("inf"), float("nan"), 1.0
+    (y,) = native(operator_model(weight, "unstructured", None)).run(None, {"x": np.eye(64, dtype="f4")})
+    assert y[1, 0] == np.inf and np.isnan(y[2, 1]) and y[3, 2] == 1.0 and np.isfinite(y[:, 2]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_threads_change_no_bit(use_isa, isa):
+    use_isa(isa)
+    weight = helpers.random_weight(300, 520, "unstructured", dtype=torch.bfloat16)
+    for tokens in (1, 4, 40, 200):
+        feed = {"x": torch.randn(tokens, 520).numpy()}
+        found = [
+            native(operator_model(weight, "unstructured", None), threads).run(None, feed)[0] for threads in (1, 2, 3)
+        ]
+        assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+def test_the_library_is_used_where_it_is_registered_and_the_function_elsewhere():
+    weight = helpers.random_weight(24, 64, "2:4")
+    model = operator_model(weight, "2:4", "folding")
+    feed = {"x": np.ones((2, 64), np.float32)}
+    for level in onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL:
+        with_library = native(model, graph_optimization_level=level)
+        without = session(model, graph_optimization_level=level)
+        (y,), calls = counted(lambda runtime=with_library: runtime.run(None, feed))
+        (other,), none = counted(lambda runtime=without: runtime.run(None, feed))
+        assert (calls, none) == (1, 0)
+        assert np.allclose(y, other, atol=1e-5)
+        assert engine.which_kernel(with_library) == f"native ({library.isa()})"
+        assert engine.which_kernel(without) == "body"
+
+
+def test_sessions_and_threads_at_once():
+    """Two sessions, four Python threads each: all get their own answer."""
+    weights = [helpers.random_weight(64, 128, pattern, dtype=torch.bfloat16) for pattern in ("unstructured", "2:4")]
+    runtimes = [
+        native(operator_model(weight, pattern, None), 2)
+        for weight, pattern in zip(weights, ("unstructured", "2:4"), strict=True)
+    ]
+    wrong = []
+
+    def ask(index, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(30):
+            x = torch.randn(1 + seed % 7, 128, generator=generator)
+            (y,) = runtimes[index].run(None, {"x": x.numpy()})
+            if not np.allclose(y, x @ weights[index].float().T, atol=1e-4):
+                wrong.append((index, seed))
+
+    threads = [threading.Thread(target=ask, args=(seed % 2, seed)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("values", TYPES, ids=str)
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_nothing_behind_the_values_is_read(tmp_path, values, pattern):
+    """The values end with the last page of a mapped file: a byte more would end the process."""
+    page, n = 4096, 256
+    m = 2 * page // values.itemsize // (n // 2)
+    weight = helpers.random_weight(m, n, "2:4", dtype=values)
+    tensors = operator_tensors(weight, pattern)
+    assert tensors["values"].nbytes == 2 * page
+    model = operator_model(weight, pattern, None)
+    data = next(tensor for tensor in model.graph.initializer if tensor.name == "values")
+    (tmp_path / "values").write_bytes(data.raw_data)
+    data.ClearField("raw_data")
+    data.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in {"location": "values", "offset": "0", "length": str(2 * page)}.items():
+        data.external_data.add(key=key, value=value)
+    onnx.save(model, tmp_path / "model.onnx")
+    runtime = native(str(tmp_path / "model.onnx"))
+    for tokens in (1, 4, 9):
+        x = torch.randn(tokens, n)
+        (y,) = runtime.run(None, {"x": x.numpy()})
+        assert relative_error(y, x.double() @ weight.double().T) <= TOLERANCE[torch.float32]
+
+
+def moved(offsets):
+    changed = offsets.clone()
+    changed[3] += 1
+    return changed
+
+
+BAD = {
+    "mask too narrow": ("unstructured", "mask", lambda t: t[:, :-1], r"mask must be \[rows, 8\] for 64 columns"),
+    "mask with a row less": (
+        "unstructured",
+        "mask",
+        lambda t: t[:-1],
+        "row_offsets has 25 entries, mask of 23 rows needs 24",
+    ),
+    "offsets moved": ("unstructured", "row_offsets", moved, "row 2: mask keeps 32 columns, row_offsets give it 33"),
+    "offsets from 1": ("unstructured", "row_offsets", lambda t: t + 1, "must begin with 0, not 1"),
+    "offsets down": ("unstructured", "row_offsets", lambda t: -t, "row 0: mask keeps 32 columns"),
+    "values cut": ("unstructured", "values", lambda t: t[:-5], "row 23: row_offsets end at value 768, values has 763"),
+    "a mask bit more": ("unstructured", "mask", lambda t: t | 1, "row_offsets give it 32 values"),
+    "2:4 values cut": ("2:4", "values", lambda t: t[:, :-1], "values holds 744, a 2:4 weight .24, 64. has 768"),
+    "2:4 nibble twice": ("2:4", "meta", lambda t: t * 0, "row 0, columns from 0: meta 0x00 names no two columns"),
+    "2:4 meta too wide": ("2:4", "meta", lambda t: torch.cat([t, t], 1), r"meta must be \[rows, 8\] for 64 columns"),
+    "integer values": ("unstructured", "values", lambda t: t.float().to(torch.int32), "values must be float"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_bad_files_end_in_a_sentence(case, tokens):
+    pattern, name, change, message = BAD[case]
+    weight = helpers.random_weight(24, 64, "2:4", dtype=torch.bfloat16)
+    tensors = operator_tensors(weight, pattern)
+    model = operator_model(weight, pattern, None, tensors={name: change(tensors[name])})
+    runtime = native(model)
+    for _ in range(2):  # a failed check is not remembered as a good one
+        with pytest.raises(Exception, match=rf"sparse_rt\.\w+Linear: .*{message}"):
+            runtime.run(None, {"x": np.ones((tokens, 64), np.float32)})
+
+
+def test_x_of_another_width():
+    weight = helpers.random_weight(24, 64, "unstructured")
+    model = operator_model(weight, "unstructured", None)
+    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "columns"
+    with pytest.raises(Exception, match="x ends in 60 columns, in_features is 64"):
+        native(model).run(None, {"x": np.ones((1, 60), np.float32)})
+
+
+# ---- how it is had --------------------------------------------------------------------------------------------------
+
+
+def test_without_a_compiler_the_function_does_the_work(monkeypatch, caplog):
+    weight = helpers.random_weight(24, 64, "unstructured")
+    model = operator_model(weight, "unstructured", "folding")
+    monkeypatch.setattr(library, "unavailable_reason", lambda: "no C compiler was found; install one")
+    monkeypatch.setattr(engine, "_told", set())
+    settings = onnxruntime.SessionOptions()
+    for _ in range(2):
+        assert not engine.register(settings)
+    assert [record.getMessage().count("no C compiler was found") for record in caplog.records] == [1]
+    with pytest.raises(UserError, match="the operators for ONNX Runtime cannot be used: no C compiler"):
+        engine.register(settings, required=True)
+    runtime = session(model, prepare=engine.register)
+    x = torch.randn(2, 64)
+    assert np.allclose(runtime.run(None, {"x": x.numpy()})[0], x @ weight.T, atol=1e-5)
+    assert engine.which_kernel(runtime) == "body"
+
+
+def test_the_library_needs_no_onnxruntime(tmp_path, monkeypatch):
+    """Built from our sources alone, into the cache, once."""
+    monkeypatch.setenv("SPARSE_RT_CACHE_DIR", str(tmp_path))
+    library.path.cache_clear()
+    try:
+        built = library.path()
+        stamp = built.stat().st_mtime_ns
+        library.path.cache_clear()
+        assert library.path() == built and built.stat().st_mtime_ns == stamp
+        assert built.parent == tmp_path / "onnx"
+        assert b"libonnxruntime" not in built.read_bytes()
+    finally:
+        library.path.cache_clear()
+
+
+def test_an_instruction_set_that_does_not_exist():
+    with pytest.raises(BackendError, match="SPARSE_RT_NATIVE_ISA=mmx: .* allowed are scalar, avx2, avx512"):
+        library.use_isa("mmx")
+    assert library.isa() in ISAS
