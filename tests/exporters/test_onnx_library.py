@@ -15,13 +15,13 @@ from sparse_rt.exporters.onnx import engine, library
 
 ISAS = ("scalar", "avx2", "avx512")
 PATTERNS = ("unstructured", "2:4", "4:8")
-# One column, one byte, whole words of 64 and a rest, more than one panel of 512 columns; one row, 16 and a rest.
+# One column, one byte, whole words of 64 and a rest, more than one panel of 4096 columns; one row, 16 and a rest.
 SHAPES = {
-    "unstructured": [(1, 1), (5, 7), (16, 8), (33, 64), (17, 100), (40, 600), (20, 1024)],
-    "2:4": [(1, 4), (7, 12), (33, 64), (17, 100), (40, 600), (20, 1024)],
+    "unstructured": [(1, 1), (5, 7), (16, 8), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
+    "2:4": [(1, 4), (7, 12), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
     "4:8": [(3, 8), (33, 64), (40, 600)],
 }
-TOKENS = (1, 2, 3, 4, 5, 6, 7, 17, 97)
+TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 97)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

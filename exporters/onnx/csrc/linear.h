@@ -1,10 +1,9 @@
 /* y = x W^T with a weight that is read where it lies: the canonical values and metadata of an ONNX file, mapped into
  * memory and never rearranged.
  *
- * Rows are taken 16 at a time (a unit). With few tokens a row is expanded in registers and multiplied as it is read. With
- * more a part of the unit is expanded to float once (the panel) and multiplied with a block of tokens. All sums are
- * float32; how they are grouped depends on the number of tokens, never on the number of threads.
- */
+ * Rows are taken 16 at a time (a unit). With few tokens a row is expanded in registers and multiplied as it is read.
+ * With more a part of the unit is expanded to float once (the panel) and multiplied with a block of tokens. All sums
+ * are float32; how they are grouped depends on the number of tokens, never on the number of threads. */
 #ifndef SPARSE_RT_ORT_LINEAR_H
 #define SPARSE_RT_ORT_LINEAR_H
 
@@ -13,10 +12,15 @@
 #include "numbers.h"
 #include "rows.h"
 
-/* Panel: 16 rows x 512 columns (32 KB, of which a tile reads 4 rows). A block of tokens: its part of x (192 KB) and its
- * sums (96 KB) stay in the second-level cache. */
-enum { SRT_UNIT = 16, SRT_LANES = 16, SRT_PANEL_COLUMNS = 512, SRT_BLOCK_TOKENS = 96, SRT_X_ALIGN = 64 };
-enum { SRT_MAX_FEW = 4, SRT_MESSAGE = 256 };
+/* A panel is up to 16 rows x 4096 columns (280 KB, second-level cache): whole rows, or long parts of them, so that
+ * values are read as one stream (16 tokens: 7 cycles for 16 weights, 16 with parts of 512 columns). A block of tokens
+ * has 96 KB of sums. */
+enum { SRT_UNIT = 16, SRT_LANES = 16, SRT_PANEL_COLUMNS = 4096, SRT_BLOCK_TOKENS = 96 };
+enum { SRT_TILE_ROWS = 4, SRT_TILE_TOKENS = 6, SRT_X_ALIGN = 64 };
+/* Between the tokens of x and the rows of a panel: a multiple of 4 KB would put all into the same sets of the first-
+ * level cache. */
+enum { SRT_X_APART = 192, SRT_PANEL_STRIDE = SRT_PANEL_COLUMNS + 272 };
+enum { SRT_MAX_FEW = 8, SRT_MESSAGE = 256 };
 
 typedef struct {
     const char *values, *values_end; /* row by row, columns ascending; nothing behind the end is read */
@@ -37,15 +41,16 @@ typedef struct {
     const srt_rows *rows;
     int few; /* up to so many tokens are multiplied with rows as they are read, at most SRT_MAX_FEW; 0: none */
 
-    /* out [tokens][16] = the rows [row, row + count) of one unit times x [tokens][ldx], ldx a multiple of 64, zeros behind
-     * column n, its order as few_order says. 64 bytes may be read behind the values of every row. */
+    /* out [tokens][16] = the rows [row, row + count) of one unit times x [tokens][ldx], ldx a multiple of 64, zeros
+     * behind column n, its order as few_order says. 64 bytes may be read behind the values of every row. */
     void (*few_rows)(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens,
                      float *out);
     /* x [ldx] in the order in which few_rows wants it for weights of dtype. */
     void (*few_order)(const float *x, int64_t ldx, int dtype, float *out);
 
-    /* sums [tokens][16][16 lanes] += panel [16][512] times x [tokens][ldx] over `columns` columns, a multiple of 16. */
-    void (*tile)(const float *panel, int64_t columns, const float *x, int64_t ldx, int64_t tokens, float *sums);
+    /* sums [tokens][16][16 lanes] += 4 rows of a panel, SRT_PANEL_STRIDE apart, times x [tokens <= 6][ldx], over
+     * `columns` columns, a multiple of 16. */
+    void (*tile)(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums);
     /* out [16] = the sums of the lanes of sums [16][16]. */
     void (*add_lanes)(const float *sums, float *out);
     /* `count` numbers of dtype -> float32. */
@@ -61,8 +66,8 @@ extern const srt_linear srt_linear_avx2, srt_linear_avx512;
 int srt_use_linear(const char *name);
 const srt_linear *srt_chosen_linear(void);
 
-/* 0, or -1 with a sentence in message [SRT_MESSAGE]: row offsets and metadata that contradict each other or the number of
- * values. Only a weight that passed may be multiplied with. */
+/* 0, or -1 with a sentence in message [SRT_MESSAGE]: row offsets and metadata that contradict each other or the
+ * number of values. Only a weight that passed may be multiplied with. */
 int srt_check_weight(const srt_weight *w, int64_t values, char *message);
 
 /* Runs `run` for 0 .. count - 1 on the caller's threads; 0, or -1 where it could not. */

@@ -1,13 +1,13 @@
-/* A product in plain C, which the compiler turns into vectors of the instruction set that TARGET names; LINEAR is the name
- * of the table and ROWS the native row kernels beside it. */
+/* A product in plain C, which the compiler turns into vectors of the instruction set that TARGET names; LINEAR is the
+ * name of the table and ROWS the native row kernels beside it. */
 #include "linear.h"
 #include "scalar_float.h"
 
-TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int64_t tokens, float *sums)
+TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums)
 {
-    for (int64_t r = 0; r < SRT_UNIT; r++)
+    for (int64_t r = 0; r < SRT_TILE_ROWS; r++)
         for (int64_t t = 0; t < tokens; t++) {
-            const float *weights = panel + r * SRT_PANEL_COLUMNS, *row = x + t * ldx;
+            const float *weights = panel + r * SRT_PANEL_STRIDE, *row = x + t * ldx;
             float *to = sums + (t * SRT_UNIT + r) * SRT_LANES, lanes[SRT_LANES];
             memcpy(lanes, to, sizeof lanes);
             for (int64_t c = 0; c < columns; c += SRT_LANES)

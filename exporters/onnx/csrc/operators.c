@@ -1,8 +1,7 @@
 /* The operators of domain sparse_rt as custom operators of ONNX Runtime; functions.py describes them.
  *
- * A registered operator hides the model's function of the same name, with every type that is not registered too. So each
- * operator exists for every activation type, and the values may have any type until they are looked at.
- */
+ * A registered operator hides the model's function of the same name, with every type that is not registered too. So
+ * each operator exists for every activation type, and the values may have any type until they are looked at. */
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -116,8 +115,8 @@ static OrtStatus *weight_of(const kernel *k, const tensor in[MAX_INPUTS], srt_we
     if (dtype < 0)
         return refuse(k, "values must be float, float16 or bfloat16");
     if (k->op->inputs == 4 && offsets->count != meta->dims[0] + 1) {
-        snprintf(text, sizeof text, "row_offsets has %lld entries, %s of %lld rows needs %lld", (long long)offsets->count,
-                 k->op->metadata, (long long)meta->dims[0], (long long)meta->dims[0] + 1);
+        snprintf(text, sizeof text, "row_offsets has %lld entries, %s of %lld rows needs %lld",
+                 (long long)offsets->count, k->op->metadata, (long long)meta->dims[0], (long long)meta->dims[0] + 1);
         return refuse(k, text);
     }
     if (k->op->inputs == 3 && n % 4)
