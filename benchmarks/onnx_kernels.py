@@ -167,7 +167,7 @@ def parse_shape(_context, _parameter, values: tuple[str, ...]) -> list[tuple[int
 @click.command(help=__doc__.split("\n")[0])
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines; appended to")
 @click.option("--shape", "shapes", multiple=True, default=("4096x4096", "11008x4096"), callback=parse_shape)
-@click.option("--tokens", multiple=True, type=int, default=(1, 4, 16, 64, 512), show_default=True)
+@click.option("--tokens", multiple=True, type=int, default=(1, 4, 8, 16, 64, 512), show_default=True)
 @click.option("--threads", multiple=True, type=int, default=(1, 2), show_default=True)
 @click.option("--bits", multiple=True, type=int, default=(8, 4), show_default=True, help="MatMulNBits beside them")
 @click.option("--seconds", type=float, default=4.0, show_default=True, help="of each column")
