@@ -34,6 +34,12 @@ print(tokenizer.decode(tokens))
 ```"""
 _POSITIONS = '    feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]\n'
 
+_LIBRARY = """\
+With `pip install sparse-rt` and a C compiler, `sparse_rt.exporters.onnx.session(".")` opens the same file with
+operators that multiply the compressed weights as they lie in it: nothing is decompressed at load, and
+`which_kernel(session)` tells whether they run. `sparse-rt generate . --engine onnx --prompt TEXT` does both.
+
+"""
 _FORMS = {
     "function": """\
 The compressed layers are operators of domain `sparse_rt` (`BitmaskLinear`, `Sparse24Linear`). Each is defined in the
@@ -79,7 +85,7 @@ def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fo
     total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
     patterns = ", ".join(sorted({entry.pattern for entry in weights}))
     with_positions = _takes_positions(folder)
-    body = ""
+    body, library = "", _LIBRARY if facts["form"] == "function" else ""
     if facts["body"]:
         body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes, peak=_size(total * fold_bytes))
     sizes = "\n".join(f"| `{name}` | {_size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
@@ -98,7 +104,7 @@ sparse-rt from `{checkpoint.folder.name}`.
 
 {_SNIPPET.replace("POSITIONS", _POSITIONS if with_positions else "")}
 
-Inputs: `input_ids`, `attention_mask`{", `position_ids`" if with_positions else ""}, `past_key_values.N.key/value`;
+{library}Inputs: `input_ids`, `attention_mask`{", `position_ids`" if with_positions else ""}, `past_key_values.N.key/value`;
 outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
 Activations are float32.
 
