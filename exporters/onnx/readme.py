@@ -85,6 +85,7 @@ def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fo
     total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
     patterns = ", ".join(sorted({entry.pattern for entry in weights}))
     with_positions = _takes_positions(folder)
+    positions = ", `position_ids`" if with_positions else ""
     body, library = "", _LIBRARY if facts["form"] == "function" else ""
     if facts["body"]:
         body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes, peak=_size(total * fold_bytes))
@@ -104,7 +105,7 @@ sparse-rt from `{checkpoint.folder.name}`.
 
 {_SNIPPET.replace("POSITIONS", _POSITIONS if with_positions else "")}
 
-{library}Inputs: `input_ids`, `attention_mask`{", `position_ids`" if with_positions else ""}, `past_key_values.N.key/value`;
+{library}Inputs: `input_ids`, `attention_mask`{positions}, `past_key_values.N.key/value`;
 outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
 Activations are float32.
 
