@@ -17,11 +17,11 @@ from torch import Tensor
 from sparse_rt.checkpoint import Checkpoint, WeightEntry
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import functions
+from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
 from sparse_rt.formats import get_format
 from sparse_rt.formats.packing import row_counts
 
-MODEL_NAME = "model.onnx"
 DATA_NAME = "model.onnx.data"
 # ONNX Runtime maps the data file into memory, page by page.
 PAGE = 4096

@@ -12,7 +12,7 @@ from onnx import external_data_helper, numpy_helper
 
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed
-from sparse_rt.exporters.onnx.assemble import MODEL_NAME
+from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load

@@ -59,7 +59,8 @@ class OnnxExporter(Exporter):
         import onnx
 
         from sparse_rt.exporters.onnx import genai
-        from sparse_rt.exporters.onnx.assemble import MODEL_NAME, Assembler
+        from sparse_rt.exporters.onnx.assemble import Assembler
+        from sparse_rt.exporters.onnx.engine import MODEL_NAME
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.trace import take_weights, trace
 

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_rt.checkpoint import Checkpoint
-from sparse_rt.exporters.onnx.assemble import DATA_NAME, MODEL_NAME
+from sparse_rt.exporters.onnx.assemble import DATA_NAME
+from sparse_rt.exporters.onnx.engine import MODEL_NAME
 
 _SNIPPET = """```python
 import numpy as np

@@ -1,5 +1,7 @@
 """The operators as a library in the real ONNX Runtime: against float64, on every instruction set, with bad files."""
 
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -165,6 +167,19 @@ def test_sessions_and_threads_at_once():
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
+def save(model, folder):
+    """model.onnx with every initializer in a file of its own; returns the bytes of those files."""
+    for tensor in model.graph.initializer:
+        (folder / tensor.name).write_bytes(tensor.raw_data)
+        place = {"location": tensor.name, "offset": "0", "length": str(len(tensor.raw_data))}
+        tensor.ClearField("raw_data")
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, value in place.items():
+            tensor.external_data.add(key=key, value=value)
+    onnx.save(model, folder / "model.onnx")
+    return sum((folder / tensor.name).stat().st_size for tensor in model.graph.initializer)
+
+
 @pytest.mark.parametrize("values", TYPES, ids=str)
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_nothing_behind_the_values_is_read(tmp_path, values, pattern):
@@ -174,19 +189,40 @@ def test_nothing_behind_the_values_is_read(tmp_path, values, pattern):
     weight = helpers.random_weight(m, n, "2:4", dtype=values)
     tensors = operator_tensors(weight, pattern)
     assert tensors["values"].nbytes == 2 * page
-    model = operator_model(weight, pattern, None)
-    data = next(tensor for tensor in model.graph.initializer if tensor.name == "values")
-    (tmp_path / "values").write_bytes(data.raw_data)
-    data.ClearField("raw_data")
-    data.data_location = onnx.TensorProto.EXTERNAL
-    for key, value in {"location": "values", "offset": "0", "length": str(2 * page)}.items():
-        data.external_data.add(key=key, value=value)
-    onnx.save(model, tmp_path / "model.onnx")
+    save(operator_model(weight, pattern, None), tmp_path)
     runtime = native(str(tmp_path / "model.onnx"))
     for tokens in (1, 4, 9):
         x = torch.randn(tokens, n)
         (y,) = runtime.run(None, {"x": x.numpy()})
         assert relative_error(y, x.double() @ weight.double().T) <= TOLERANCE[torch.float32]
+
+
+MEMORY = """
+import sys, numpy as np
+from sparse_rt.exporters.onnx import session, which_kernel
+def anonymous():
+    lines = open("/proc/self/smaps_rollup").read().split("Anonymous:")
+    return int(lines[1].split()[0]) * 1024
+session(sys.argv[1], threads=1).run(None, {"x": np.ones((1, 64), np.float32)})  # what a first session costs
+before = anonymous()
+runtime = session(sys.argv[2], threads=1)
+runtime.run(None, {"x": np.ones((1, 4096), np.float32)})
+print(anonymous() - before, which_kernel(runtime).split()[0])
+"""
+
+
+@pytest.mark.slow
+def test_values_stay_in_the_mapped_file(tmp_path):
+    sizes = {}
+    for name, m, n in (("small", 16, 64), ("large", 16384, 4096)):
+        (tmp_path / name).mkdir()
+        weight = helpers.random_weight(m, n, "2:4", dtype=torch.bfloat16)
+        sizes[name] = save(operator_model(weight, "2:4", "streaming"), tmp_path / name)
+    folders = [str(tmp_path / name) for name in sizes]
+    done = subprocess.run([sys.executable, "-c", MEMORY, *folders], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    gained, kernel = done.stdout.split()
+    assert kernel == "native" and int(gained) < 0.1 * sizes["large"]
 
 
 def moved(offsets):
