@@ -32,9 +32,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 port = int(sys.argv[sys.argv.index("--port") + 1])
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+# A shell starts what it runs in the background with SIGINT ignored, and that is inherited: the caller must not be.
 CALLER = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from sparse_rt.benchmarking import openai_server
 openai_server.MODULE = "stand_in"
 with openai_server.OpenAIServer(Path("folder"), [], {}) as server:

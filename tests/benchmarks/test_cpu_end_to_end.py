@@ -164,11 +164,12 @@ def test_each_dense_product_keeps_its_own_figures():
 def test_the_sweep_is_a_part_of_its_own():
     lengths = dict(prompt=8, new=4, prefill=16, train=8)
     load = dict(request_rate=[4.0, math.inf], num_prompts=5)
-    fields = cpu_end_to_end.part_options("vllm-serve", lengths, [1], 2, load)
+    fields = cpu_end_to_end.part_options("vllm-serve", lengths, [1], 2, load, compile=True)
     options = BenchOptions.build(model="model", **fields)
     assert options.phase == ["serve"] and options.engine == ["vllm"] and options.num_prompts == 5
     command = cpu_end_to_end.command(options)
     assert "--request-rate 4.0 --request-rate inf" in command and "--phase serve" in command
+    assert "--compile" in command.split() and "True" not in command
 
 
 def test_the_last_figure_counts_and_noise_is_said():
