@@ -31,7 +31,7 @@ from timing import ratio, spread, take_turns
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.exporters.onnx import engine, functions, library
 from sparse_rt.formats import get_format
-from sparse_rt.formats.packing import row_counts
+from sparse_rt.formats.packing import row_offsets
 from sparse_rt.optional import require
 
 CELLS = [
@@ -60,7 +60,7 @@ def sparse_layer(weight: torch.Tensor, pattern: str, mask: torch.Tensor) -> tupl
     values, metadata = get_format(pattern).compress(weight, mask)
     parts = [values, metadata]
     if pattern != "2:4":
-        offsets = torch.nn.functional.pad(row_counts(metadata).cumsum(0), (1, 0)).to(torch.int32)
+        offsets = row_offsets(metadata)
         parts = [values.flatten(), metadata, offsets]
     return functions.operator_of(pattern), functions.DOMAIN, {"in_features": weight.shape[1]}, parts
 

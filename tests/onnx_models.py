@@ -6,7 +6,7 @@ from onnx import TensorProto, helper
 
 from sparse_rt.exporters.onnx import functions
 from sparse_rt.formats import get_format
-from sparse_rt.formats.packing import row_counts
+from sparse_rt.formats.packing import row_offsets
 
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
 
@@ -23,7 +23,7 @@ def operator_tensors(weight, pattern):
     values, metadata = fmt.compress(weight, fmt.mask_of(weight))
     if pattern == "2:4":
         return {"values": values, "meta": metadata}
-    offsets = torch.nn.functional.pad(row_counts(metadata).cumsum(0), (1, 0)).to(torch.int32)
+    offsets = row_offsets(metadata)
     return {"values": values.flatten(), "mask": metadata, "row_offsets": offsets}
 
 

@@ -20,7 +20,7 @@ from sparse_rt.exporters.onnx import functions
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
 from sparse_rt.formats import get_format
-from sparse_rt.formats.packing import row_counts
+from sparse_rt.formats.packing import row_offsets
 
 DATA_NAME = "model.onnx.data"
 # ONNX Runtime maps the data file into memory, page by page.
@@ -107,7 +107,7 @@ class Assembler:
         values, metadata = self.checkpoint.load_weight(key)
         if entry.pattern == "2:4":
             return values, metadata
-        offsets = torch.nn.functional.pad(row_counts(metadata).cumsum(0), (1, 0)).to(torch.int32)
+        offsets = row_offsets(metadata)
         # A weight without a single kept value still needs something to look up.
         return values.flatten() if values.numel() else values.new_zeros(1), metadata, offsets
 

@@ -25,7 +25,7 @@ PANEL = 16
 # The sparsity from which a weight is laid out as `slots` instead of `bitmask`, by what its user prefers. `slots`
 # multiplies as often as there are kept weights, but reads 3 bytes for each and padding: at 75 % 0.41 of dense,
 # `bitmask` 0.31.
-# Time of `slots` over that of `bitmask` on two cores that share 33 GB/s (Zen 4, 2048 x 8192 bf16):
+# Time of `slots` over that of `bitmask`, by hand, on two cores that share 33 GB/s (Zen 4, 2048 x 8192 bf16):
 #              1 token   4    16    64         where memory is not the limit (two cores, 60 GB/s, 16384 x 2048):
 #       70 %    1.09   0.96  0.80  0.71               0.90  0.84  0.79  0.73
 #       75 %    1.15   0.91  0.73  0.63               0.77  0.76  0.70  0.64

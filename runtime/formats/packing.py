@@ -46,6 +46,11 @@ def row_counts(packed: Tensor) -> Tensor:
     return popcount(packed).sum(-1, dtype=torch.int64)
 
 
+def row_offsets(packed: Tensor) -> Tensor:
+    """Where the values of every row begin, and where the last ends: uint8 [m, b] -> int32 [m + 1]."""
+    return torch.nn.functional.pad(row_counts(packed).cumsum(0), (1, 0)).to(torch.int32)
+
+
 def pack_nibbles(first: Tensor, second: Tensor) -> Tensor:
     """Kept columns 0..3 of every group, [m, g] each -> uint8 [m, ceil(g/2)]."""
     m, groups = first.shape

@@ -98,8 +98,8 @@ static void store(const product *p, int64_t row, int64_t count, int64_t token, c
         srt_store_float(y + r * size, out[r], p->dtype);
 }
 
-/* sums += panel [16][columns] times x [tokens]: six tokens of x meet all rows before the next come (512 tokens: 173 ms,
- * 176 the other way round, 179 where tiles end after 1024 columns). */
+/* sums += panel [16][columns] times x [tokens]: six tokens of x meet all rows before the next come (512 tokens, by
+ * hand: 173 ms, 176 the other way round, 179 where tiles end after 1024 columns). */
 static void multiply_tiles(const product *p, const float *panel, int64_t columns, const float *x, int64_t tokens,
                            float *sums)
 {

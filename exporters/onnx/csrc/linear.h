@@ -13,8 +13,8 @@
 #include "rows.h"
 
 /* A panel is up to 16 rows x 4096 columns (280 KB, second-level cache): whole rows, or long parts of them, so that
- * values are read as one stream (16 tokens: 7 cycles for 16 weights, 16 with parts of 512 columns). A block of tokens
- * has 96 KB of sums. */
+ * values are read as one stream (16 tokens, by hand: 7 cycles for 16 weights, 16 with parts of 512 columns). A block
+ * of tokens has 96 KB of sums. */
 enum { SRT_UNIT = 16, SRT_LANES = 16, SRT_PANEL_COLUMNS = 4096, SRT_BLOCK_TOKENS = 96 };
 enum { SRT_TILE_ROWS = 4, SRT_TILE_TOKENS = 6, SRT_X_ALIGN = 64 };
 /* Between the tokens of x and the rows of a panel: a multiple of 4 KB would put all into the same sets of the first-

@@ -8,8 +8,8 @@
 /* ---- few tokens: rows are expanded in registers --------------------------------------------------------------- */
 
 /* Several rows share what is read of x, as many as there are registers for sums. One token reads so little of it that
- * one stream of values is better (4096 x 4096 bf16, one core of Zen 4, 75 %: 0.74 ms, 1.02 with four rows; 4 tokens:
- * 1.9 ms, 2.9 with one). */
+ * one stream of values is better (4096 x 4096 bf16, one core of Zen 4, by hand, 75 %: 0.74 ms, 1.02 with four rows; 4
+ * tokens: 1.9 ms, 2.9 with one). */
 enum { FEW_ROWS = 4, AHEAD = 2048 };
 
 /* bf16 comes out as its even and its odd columns (two operations less than in order): x is laid out to match, 16 even
