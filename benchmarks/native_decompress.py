@@ -66,9 +66,14 @@ def best_times(timed: dict[str, dict[str, Callable[[], object]]], repeats: int) 
 def rows_of(best: dict[tuple[str, str], float], nbytes: int, **common: object) -> Iterator[dict]:
     """A row for each case and operation; ``nbytes`` of the dense weight."""
     for (case, operation), seconds in best.items():
-        row = dict(case=case, operation=operation, **common, ms=round(seconds * 1e3, 3))
-        row |= dict(dense_gb_per_s=round(nbytes / seconds / 1e9, 1), ratio_to_copy=round(best[COPY] / seconds, 2))
+        row = dict(case=case, operation=operation, **common, ms=rounded(seconds * 1e3))
+        row |= dict(dense_gb_per_s=rounded(nbytes / seconds / 1e9), ratio_to_copy=rounded(best[COPY] / seconds))
         yield row | dict(processor=processor(), torch=torch.__version__)
+
+
+def rounded(value: float) -> float:
+    """Four significant digits: nothing measured becomes 0, however small the weight."""
+    return float(f"{value:.4g}")
 
 
 def processor() -> str:
