@@ -4,6 +4,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper
 
+import helpers
 from sparse_rt.exporters.onnx import functions
 from sparse_rt.formats import get_format
 from sparse_rt.formats.packing import row_offsets
@@ -17,8 +18,17 @@ def initializer(name, tensor):
     return helper.make_tensor(name, kind, tensor.shape, raw, raw=True)
 
 
+def random_weight(m, n, pattern, **options):
+    """As helpers.random_weight; "dense" keeps everything."""
+    if pattern == "dense":
+        return helpers.random_weight(m, n, "unstructured", sparsity=0.0, **options)
+    return helpers.random_weight(m, n, pattern, **options)
+
+
 def operator_tensors(weight, pattern):
-    """The initializers of ``weight`` [m, n] by the operator's input names."""
+    """The initializers of ``weight`` [m, n] by the operator's input names; pattern "dense": not compressed."""
+    if pattern == "dense":
+        return {"weight": weight}
     fmt = get_format(pattern)
     values, metadata = fmt.compress(weight, fmt.mask_of(weight))
     if pattern == "2:4":
@@ -36,7 +46,7 @@ def operator_model(
     """
     m, n = weight.shape
     found = operator_tensors(weight, pattern) | (tensors or {})
-    name = functions.operator_of(pattern)
+    name = functions.DENSE if pattern == "dense" else functions.operator_of(pattern)
     outside = TensorProto.FLOAT if cast else x_type
     inner = ("x_inner", "y_inner") if cast else ("x", "y")
     nodes = [helper.make_node(name, [inner[0], *found], [inner[1]], domain=functions.DOMAIN, in_features=n)]

@@ -1,7 +1,7 @@
 """Turns a traced graph into ``model.onnx`` + ``model.onnx.data``: placeholders become operators, weights are attached.
 
 Every weight is stored in the dtype and, where it is compressed, in the very bytes of the checkpoint; one tensor is in
-memory at a time. Activations are float32, so a dense bfloat16 weight is followed by a Cast.
+memory at a time. Activations are float32, so a dense bfloat16 weight of the form "dense" is followed by a Cast.
 """
 
 from __future__ import annotations
@@ -80,6 +80,9 @@ class Assembler:
         if weight.kind == "sparse" and self.form != "dense":
             return [self._sparse(name, weight, x, y)]
         source, dtype = self._dense(weight)
+        if self.form == "function":
+            attributes = {"domain": functions.DOMAIN, "in_features": weight.dense.shape[1]}
+            return [helper.make_node(functions.DENSE, [x, source], [y], name=name, **attributes)]
         wide, turned = source, f"{name}.weight_t"
         nodes = []
         if dtype != torch.float32:

@@ -142,7 +142,7 @@ def _finish(proto: Any, checkpoint: Checkpoint, facts: dict[str, Any]) -> Any:
 
     if facts["body"] is not None:
         whole_bytes = all(entry.n % 8 == 0 for entry in checkpoint.weights.values())
-        for operator in sorted({functions.operator_of(entry.pattern) for entry in checkpoint.weights.values()}):
+        for operator in sorted({node.op_type for node in proto.graph.node if node.domain == functions.DOMAIN}):
             proto.functions.append(functions.function(operator, facts["body"], facts["opset"], whole_bytes))
     if facts["form"] == "inline":
         proto = inliner.inline_local_functions(proto)

@@ -1,10 +1,14 @@
-"""The two ONNX operators of domain ``sparse_rt`` as model-local functions made of standard operators.
+"""The ONNX operators of domain ``sparse_rt`` as model-local functions made of standard operators.
 
     BitmaskLinear (x [..., K], values [nnz], mask [N, ceil(K/8)] uint8, row_offsets [N+1] int32) -> y [..., N]
     Sparse24Linear(x [..., K], values [N, K/2], meta [N, ceil(K/8)] uint8)                       -> y [..., N]
+    DenseLinear   (x [..., K], weight [N, K])                                                    -> y [..., N]
 
 Attribute ``in_features`` is K; y has the dtype of x, sums are float32. A runtime that has a kernel of that name uses
-it, every other one runs the body. Both bodies look a metadata byte up in small tables: which of its eight columns are
+it, every other one runs the body. DenseLinear is for layers that are not compressed: ONNX Runtime has no product with
+bfloat16 on a CPU, and widens and transposes such a weight into a copy of twice its size while it opens the file.
+
+The bodies of the first two look a metadata byte up in small tables: which of its eight columns are
 kept, and at which value, counted from the first value of the byte. Columns that are not kept point one value *before*
 that: never out of range (index -1 is the last value), so no clamp and no padding is needed.
 
@@ -28,7 +32,9 @@ BODIES = ("folding", "streaming")
 # intermediates of a step at about 8 MB.
 BLOCK_ROWS = 64
 
-_INPUTS = {"BitmaskLinear": "x, values, mask, row_offsets", "Sparse24Linear": "x, values, meta"}
+DENSE = "DenseLinear"
+
+_INPUTS = {"BitmaskLinear": "x, values, mask, row_offsets", "Sparse24Linear": "x, values, meta", DENSE: "x, weight"}
 
 _COMMON = """
   zero = Constant <value_int = 0> ()
@@ -162,11 +168,20 @@ _STREAMING = """
   y = CastLike (y_f32, x)
 """
 
+_DENSE_BODY = """
+  x_f32 = Cast <to = 1> (x)
+  weight_f32 = Cast <to = 1> (weight)
+  weight_t = Transpose <perm = [1, 0]> (weight_f32)
+  y_f32 = MatMul (x_f32, weight_t)
+  y = CastLike (y_f32, x)
+"""
+
 _DOC = {
     "BitmaskLinear": "y = x W^T; W [N, in_features] keeps the weights whose bit is set in mask (bit j of byte b is "
     "column 8b+j); values holds them row by row, row_offsets the first of each row",
     "Sparse24Linear": "y = x W^T; W [N, in_features] keeps two of every four columns; a nibble of meta (low one first) "
     "holds the first kept column in bits 0-1 and the second in bits 2-3",
+    DENSE: "y = x W^T; W [N, in_features] is stored as it is, in the dtype of the checkpoint",
 }
 
 
@@ -181,6 +196,14 @@ def function(operator: str, body: str, opset: int, whole_bytes: bool) -> onnx.Fu
     ``whole_bytes`` promises that every in_features is a multiple of 8: nothing is cut off then, which spares four bytes
     a weight while folding.
     """
+    lines = _DENSE_BODY if operator == DENSE else _sparse_body(operator, body, whole_bytes)
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{operator} <in_features> ({_INPUTS[operator]}) => (y)'
+    proto = onnx.parser.parse_function(f"{head} {{{lines}}}")
+    proto.doc_string = f"{_DOC[operator]}." if operator == DENSE else f"{_DOC[operator]}. Body: {body}."
+    return proto
+
+
+def _sparse_body(operator: str, body: str, whole_bytes: bool) -> str:
     template = {"folding": _FOLDING, "streaming": _STREAMING}[body]
     if body == "folding":
         decompress = _decompress("METADATA", "row_start", "picked = Gather (flat_f32, position)")
@@ -194,11 +217,7 @@ def function(operator: str, body: str, opset: int, whole_bytes: bool) -> onnx.Fu
     # Only where it is read: ONNX Runtime warns of a node without a reader.
     columns = "" if whole_bytes and body == "folding" else _COLUMNS
     lines = _COMMON + columns + _TABLES[operator] + template.replace("DECOMPRESS", decompress)
-    lines = lines.replace("RESHAPE", reshape).replace("METADATA", metadata).replace("BLOCK", str(BLOCK_ROWS))
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{operator} <in_features> ({_INPUTS[operator]}) => (y)'
-    proto = onnx.parser.parse_function(f"{head} {{{lines}}}")
-    proto.doc_string = f"{_DOC[operator]}. Body: {body}."
-    return proto
+    return lines.replace("RESHAPE", reshape).replace("METADATA", metadata).replace("BLOCK", str(BLOCK_ROWS))
 
 
 def _decompress(metadata: str, start: str, pick: str) -> str:

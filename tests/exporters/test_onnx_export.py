@@ -112,6 +112,7 @@ def test_graph_is_readable(llama):
     proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
     nodes = {node.name: node for node in proto.graph.node if node.domain == "sparse_rt"}
     node = nodes["model.layers.0.mlp.down_proj"]
+    assert nodes.pop("lm_head").op_type == "DenseLinear"
     assert len(nodes) == 7 and node.op_type == "Sparse24Linear"
     assert list(node.input)[1:] == [f"{node.name}.weight_values", f"{node.name}.weight_meta"]
     assert {entry.key: entry.value for entry in node.metadata_props} == {
@@ -210,7 +211,7 @@ def test_biases_tied_embeddings_bitmask_groups_and_streaming(tmp_path):
     table = [name for name, tensor in tensors.items() if 4096 in tensor.dims]
     assert table == ["model.embed_tokens.weight"]
     proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
-    assert {node.op_type for node in proto.graph.node if node.domain == "sparse_rt"} == {"BitmaskLinear"}
+    assert {node.op_type for node in proto.graph.node if node.domain == "sparse_rt"} == {"BitmaskLinear", "DenseLinear"}
     assert "Scan" in {node.op_type for function in proto.functions for node in function.node}
     offsets = onnx.numpy_helper.to_array(tensors["model.layers.0.mlp.up_proj.row_offsets"])
     assert np.array_equal(offsets, np.arange(161) * 32)

@@ -1,4 +1,4 @@
-"""The bodies of the two ONNX operators against torch: every pattern, width, dtype, in two engines."""
+"""The bodies of the ONNX operators against torch: every pattern, width, dtype, in two engines."""
 
 import numpy as np
 import onnx
@@ -6,9 +6,8 @@ import pytest
 import torch
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
-from onnx_models import operator_model, session
+from onnx_models import operator_model, random_weight, session
 
-import helpers
 from sparse_rt.exporters.onnx import functions
 
 # pattern, out_features, in_features: one byte or less, a byte and a bit, whole bytes, a rest; below, at and beyond one
@@ -25,6 +24,8 @@ SHAPES = [
     ("2:4", 7, 100),
     ("4:8", 70, 8),
     ("4:8", 3, 64),
+    ("dense", 1, 1),
+    ("dense", 70, 24),
 ]
 
 
@@ -32,7 +33,7 @@ SHAPES = [
 @pytest.mark.parametrize(("pattern", "m", "n"), SHAPES)
 def test_body_equals_torch_in_both_engines(pattern, m, n, body):
     for rank, dtype in ((2, torch.bfloat16), (3, torch.float16), (3, torch.float32)):
-        weight = helpers.random_weight(m, n, pattern, dtype=dtype)
+        weight = random_weight(m, n, pattern, dtype=dtype)
         if pattern == "unstructured":
             weight[m // 2] = 0.0 if m > 1 else 1.0  # an empty row
         x = torch.randn(2, 3, n) if rank == 3 else torch.randn(4, n)
@@ -49,14 +50,14 @@ def test_body_equals_torch_in_both_engines(pattern, m, n, body):
 @pytest.mark.parametrize("body", functions.BODIES)
 def test_identity_input_returns_the_weight_bit_for_bit(body):
     for pattern in ("2:4", "unstructured"):
-        weight = helpers.random_weight(70, 16, pattern, dtype=torch.bfloat16)
+        weight = random_weight(70, 16, pattern, dtype=torch.bfloat16)
         (y,) = session(operator_model(weight, pattern, body)).run(None, {"x": np.eye(16, dtype=np.float32)})
         assert np.array_equal(y.T, weight.float().numpy())
 
 
 @pytest.mark.parametrize("body", functions.BODIES)
 def test_half_precision_activations_keep_their_dtype(body):
-    weight = helpers.random_weight(24, 32, "2:4", dtype=torch.bfloat16)
+    weight = random_weight(24, 32, "2:4", dtype=torch.bfloat16)
     x = torch.randn(3, 32).half()
     (y,) = session(operator_model(weight, "2:4", body, TensorProto.FLOAT16)).run(None, {"x": x.numpy()})
     expected = (x.double() @ weight.double().T).half()
@@ -67,7 +68,7 @@ def test_half_precision_activations_keep_their_dtype(body):
 @pytest.mark.parametrize("opset", [18, 21, 23])
 def test_function_opset_follows_the_model(opset):
     for body in functions.BODIES:
-        weight = helpers.random_weight(8, 16, "4:8")
+        weight = random_weight(8, 16, "4:8")
         model = operator_model(weight, "4:8", body, opset=opset)
         assert [entry.version for entry in model.functions[0].opset_import] == [opset]
         onnx.checker.check_model(model, full_check=True)
@@ -77,7 +78,7 @@ def test_function_opset_follows_the_model(opset):
 
 
 def test_the_cut_of_padding_columns_is_only_left_out_on_promise():
-    weight = helpers.random_weight(4, 12, "2:4")
+    weight = random_weight(4, 12, "2:4")
     with pytest.raises(Exception, match=r"\{2,12\} and|dimension|mismatch|Incompatible|[Ss]hape"):
         session(operator_model(weight, "2:4", "folding", whole_bytes=True)).run(
             None, {"x": np.ones((2, 12), np.float32)}
@@ -88,7 +89,7 @@ def test_the_cut_of_padding_columns_is_only_left_out_on_promise():
 def test_runtime_folds_one_body_and_not_the_other(pattern, tmp_path):
     """After ONNX Runtime's optimizer: a dense MatMul weight, or still the compressed bytes and a Scan."""
     m, n = 96, 64
-    weight = helpers.random_weight(m, n, pattern, dtype=torch.bfloat16)
+    weight = random_weight(m, n, pattern, dtype=torch.bfloat16)
     found = {}
     for body in functions.BODIES:
         path = tmp_path / f"{body}.onnx"

@@ -10,19 +10,19 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx_models import TYPES, operator_model, operator_tensors, session
+from onnx_models import TYPES, operator_model, operator_tensors, random_weight, session
 
-import helpers
 from sparse_rt.errors import BackendError, UserError
 from sparse_rt.exporters.onnx import engine, library
 
 ISAS = ("scalar", "avx2", "avx512")
-PATTERNS = ("unstructured", "2:4", "4:8")
+PATTERNS = ("unstructured", "2:4", "4:8", "dense")
 # One column, one byte, whole words of 64 and a rest, more than one panel of 4096 columns; one row, 16 and a rest.
 SHAPES = {
     "unstructured": [(1, 1), (5, 7), (16, 8), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
     "2:4": [(1, 4), (7, 12), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
     "4:8": [(3, 8), (33, 64), (40, 600)],
+    "dense": [(1, 1), (5, 7), (33, 64), (17, 100), (40, 600), (18, 4700)],
 }
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 97)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -63,7 +63,7 @@ def relative_error(y, expected):
 def test_products_equal_float64(use_isa, isa, values, pattern):
     use_isa(isa)
     for m, n in SHAPES[pattern]:
-        weight = helpers.random_weight(m, n, pattern, dtype=values)
+        weight = random_weight(m, n, pattern, dtype=values)
         if pattern == "unstructured":
             weight[m // 2] = 0.0 if m > 1 else 1.0  # an empty row
         runtime = native(operator_model(weight, pattern, None))
@@ -80,7 +80,7 @@ def test_products_equal_float64(use_isa, isa, values, pattern):
 def test_every_pair_of_dtypes(use_isa, isa, values, activations):
     """A registered operator hides the function for types that it lacks, so it must not lack any."""
     use_isa(isa)
-    weight = helpers.random_weight(40, 72, "unstructured", dtype=values)
+    weight = random_weight(40, 72, "unstructured", dtype=values)
     runtime = native(operator_model(weight, "unstructured", None, TYPES[activations], cast=True))
     for tokens in (1, 3, 9):
         x = torch.randn(tokens, 72).to(activations)
@@ -91,7 +91,7 @@ def test_every_pair_of_dtypes(use_isa, isa, values, activations):
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("lead", [(), (3,), (2, 3), (2, 1, 3), (0,), (2, 0)], ids=str)
 def test_any_number_of_dimensions(pattern, lead):
-    weight = helpers.random_weight(24, 64, pattern)
+    weight = random_weight(24, 64, pattern)
     runtime = native(operator_model(weight, pattern, "folding", rank=len(lead) + 1))
     x = torch.randn(*lead, 64)
     (y,) = runtime.run(None, {"x": x.numpy()})
@@ -119,7 +119,7 @@ def test_special_values_survive():
 @pytest.mark.parametrize("isa", ISAS)
 def test_threads_change_no_bit(use_isa, isa):
     use_isa(isa)
-    weight = helpers.random_weight(300, 520, "unstructured", dtype=torch.bfloat16)
+    weight = random_weight(300, 520, "unstructured", dtype=torch.bfloat16)
     for tokens in (1, 4, 40, 200):
         feed = {"x": torch.randn(tokens, 520).numpy()}
         found = [
@@ -129,7 +129,7 @@ def test_threads_change_no_bit(use_isa, isa):
 
 
 def test_the_library_is_used_where_it_is_registered_and_the_function_elsewhere():
-    weight = helpers.random_weight(24, 64, "2:4")
+    weight = random_weight(24, 64, "2:4")
     model = operator_model(weight, "2:4", "folding")
     feed = {"x": np.ones((2, 64), np.float32)}
     for level in onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL, onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL:
@@ -145,7 +145,7 @@ def test_the_library_is_used_where_it_is_registered_and_the_function_elsewhere()
 
 def test_sessions_and_threads_at_once():
     """Two sessions, four Python threads each: all get their own answer."""
-    weights = [helpers.random_weight(64, 128, pattern, dtype=torch.bfloat16) for pattern in ("unstructured", "2:4")]
+    weights = [random_weight(64, 128, pattern, dtype=torch.bfloat16) for pattern in ("unstructured", "2:4")]
     runtimes = [
         native(operator_model(weight, pattern, None), 2)
         for weight, pattern in zip(weights, ("unstructured", "2:4"), strict=True)
@@ -185,14 +185,15 @@ def save(model, folder):
 
 
 @pytest.mark.parametrize("values", TYPES, ids=str)
-@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4", "dense"])
 def test_nothing_behind_the_values_is_read(tmp_path, values, pattern):
     """The values end with the last page of a mapped file: a byte more would end the process."""
     page, n = 4096, 256
-    m = 2 * page // values.itemsize // (n // 2)
-    weight = helpers.random_weight(m, n, "2:4", dtype=values)
+    kept = n if pattern == "dense" else n // 2
+    m = 2 * page // values.itemsize // kept
+    weight = random_weight(m, n, "dense" if pattern == "dense" else "2:4", dtype=values)
     tensors = operator_tensors(weight, pattern)
-    assert tensors["values"].nbytes == 2 * page
+    assert tensors["weight" if pattern == "dense" else "values"].nbytes == 2 * page
     save(operator_model(weight, pattern, None), tmp_path)
     runtime = native(str(tmp_path / "model.onnx"))
     for tokens in (1, 4, 9):
@@ -220,7 +221,7 @@ def test_values_stay_in_the_mapped_file(tmp_path):
     sizes = {}
     for name, m, n in (("small", 16, 64), ("large", 16384, 4096)):
         (tmp_path / name).mkdir()
-        weight = helpers.random_weight(m, n, "2:4", dtype=torch.bfloat16)
+        weight = random_weight(m, n, "2:4", dtype=torch.bfloat16)
         sizes[name] = save(operator_model(weight, "2:4", "streaming"), tmp_path / name)
     folders = [str(tmp_path / name) for name in sizes]
     done = subprocess.run([sys.executable, "-c", MEMORY, *folders], capture_output=True, text=True, check=False)
@@ -251,6 +252,9 @@ BAD = {
     "2:4 values cut": ("2:4", "values", lambda t: t[:, :-1], "values holds 744, a 2:4 weight .24, 64. has 768"),
     "2:4 nibble twice": ("2:4", "meta", lambda t: t * 0, "row 0, columns from 0: meta 0x00 names no two columns"),
     "2:4 meta too wide": ("2:4", "meta", lambda t: torch.cat([t, t], 1), r"meta must be \[rows, 8\] for 64 columns"),
+    "dense columns cut": ("dense", "weight", lambda t: t[:, :-1], r"weight must be \[rows, 64\], it has 2 dim"),
+    "dense vector": ("dense", "weight", lambda t: t[0], r"weight must be \[rows, 64\], it has 1 dimensions"),
+    "dense integers": ("dense", "weight", lambda t: t.to(torch.int32), "values must be float"),
     "integer values": ("unstructured", "values", lambda t: t.float().to(torch.int32), "values must be float"),
 }
 
@@ -259,7 +263,7 @@ BAD = {
 @pytest.mark.parametrize("tokens", [1, 9])
 def test_bad_files_end_in_a_sentence(case, tokens):
     pattern, name, change, message = BAD[case]
-    weight = helpers.random_weight(24, 64, "2:4", dtype=torch.bfloat16)
+    weight = random_weight(24, 64, "2:4", dtype=torch.bfloat16)
     tensors = operator_tensors(weight, pattern)
     model = operator_model(weight, pattern, None, tensors={name: change(tensors[name])})
     runtime = native(model)
@@ -269,7 +273,7 @@ def test_bad_files_end_in_a_sentence(case, tokens):
 
 
 def test_x_of_another_width():
-    weight = helpers.random_weight(24, 64, "unstructured")
+    weight = random_weight(24, 64, "unstructured")
     model = operator_model(weight, "unstructured", None)
     model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "columns"
     with pytest.raises(Exception, match="x ends in 60 columns, in_features is 64"):
@@ -280,7 +284,7 @@ def test_x_of_another_width():
 
 
 def test_without_a_compiler_the_function_does_the_work(monkeypatch, caplog):
-    weight = helpers.random_weight(24, 64, "unstructured")
+    weight = random_weight(24, 64, "unstructured")
     model = operator_model(weight, "unstructured", "folding")
     monkeypatch.setattr(library, "unavailable_reason", lambda: "no C compiler was found; install one")
     monkeypatch.setattr(engine, "_told", set())

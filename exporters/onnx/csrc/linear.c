@@ -76,13 +76,16 @@ static void expand(const product *p, int64_t row, int64_t count, int64_t at, int
             continue;
         }
         const uint8_t *meta = w->meta + (row + r) * srt_meta_bytes(w) + at / 8;
-        if (w->offsets) {
-            from[r] = p->kernels->rows->expand[wide](from[r], w->values_end, meta, to, columns, 0);
-        } else {
+        if (w->kind == SRT_KEEP_ALL) {
+            p->kernels->widen(from[r], columns, w->dtype, out);
+            from[r] += columns * srt_number_bytes(w->dtype);
+        } else if (w->kind == SRT_KEEP_PAIRS) {
             p->kernels->rows->expand24[wide](from[r], meta, to, columns, 0);
             from[r] += columns / 2 * srt_number_bytes(w->dtype);
+        } else {
+            from[r] = p->kernels->rows->expand[wide](from[r], w->values_end, meta, to, columns, 0);
         }
-        if (!wide)
+        if (!wide && w->kind != SRT_KEEP_ALL)
             p->kernels->widen(narrow, columns, w->dtype, out);
         for (int64_t c = columns; c % SRT_LANES; c++)
             out[c] = 0;
@@ -130,8 +133,11 @@ static void multiply_panel(const product *p, int64_t row, int64_t count, int64_t
     }
 }
 
-/* Whether a vector may be loaded from every value before row `end`. */
-static int has_room(const srt_weight *w, int64_t end) { return w->values_end - srt_row_values(w, end) >= 64; }
+/* Whether a vector may be loaded from every value before row `end`. Of a dense row no more is loaded than it has. */
+static int has_room(const srt_weight *w, int64_t end)
+{
+    return w->kind == SRT_KEEP_ALL || w->values_end - srt_row_values(w, end) >= 64;
+}
 
 static void multiply_few(const product *p, int64_t row, int64_t count)
 {
@@ -157,7 +163,6 @@ static void multiply_chunk(void *data, size_t index)
 }
 
 /* ---- the whole ------------------------------------------------------------------------------------------------ */
-
 
 int srt_multiply_rows(const srt_weight *w, const void *x, int64_t tokens, void *y, int dtype, srt_spread *spread,
                       void *threads)

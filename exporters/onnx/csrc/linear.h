@@ -22,18 +22,22 @@ enum { SRT_TILE_ROWS = 4, SRT_TILE_TOKENS = 6, SRT_X_ALIGN = 64 };
 enum { SRT_X_APART = 192, SRT_PANEL_STRIDE = SRT_PANEL_COLUMNS + 272 };
 enum { SRT_MAX_FEW = 8, SRT_MESSAGE = 256 };
 
+/* Which columns of a row have a value: those of a bitmask, two of every four, all. */
+enum { SRT_KEEP_BITMASK, SRT_KEEP_PAIRS, SRT_KEEP_ALL };
+
 typedef struct {
     const char *values, *values_end; /* row by row, columns ascending; nothing behind the end is read */
     const uint8_t *meta;             /* [m][ceil(n / 8)]: bitmask, or nibbles of 2:4 */
-    const int32_t *offsets;          /* [m + 1]: first value of a row; NULL: 2:4, n / 2 values a row */
+    const int32_t *offsets;          /* [m + 1], SRT_KEEP_BITMASK: first value of a row */
     int64_t m, n;
-    int dtype; /* SRT_BF16, SRT_FP16, SRT_FP32 */
+    int kind, dtype; /* SRT_KEEP_BITMASK ..; SRT_BF16, SRT_FP16, SRT_FP32 */
 } srt_weight;
 
 static inline int64_t srt_meta_bytes(const srt_weight *w) { return (w->n + 7) / 8; }
 static inline const char *srt_row_values(const srt_weight *w, int64_t row)
 {
-    return w->values + (w->offsets ? (int64_t)w->offsets[row] : row * (w->n / 2)) * srt_number_bytes(w->dtype);
+    int64_t first = w->kind == SRT_KEEP_BITMASK ? w->offsets[row] : row * (w->kind == SRT_KEEP_PAIRS ? w->n / 2 : w->n);
+    return w->values + first * srt_number_bytes(w->dtype);
 }
 
 /* One instruction set. */

@@ -32,6 +32,33 @@ TARGET static void few_order(const float *x, int64_t ldx, int dtype, float *out)
 /* At every vector: one takes at most a cache line of values, so that no line is left out. */
 INLINE void ahead(const char *values) { _mm_prefetch(values + AHEAD, _MM_HINT_T0); }
 
+/* 32 numbers of two bytes as float, bf16 in the order of few_order. */
+INLINE void out_of_words(__m512i words, int dtype, __m512 out[2])
+{
+    if (dtype == SRT_BF16) {
+        out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+        out[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
+    } else {
+        out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+        out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
+    }
+}
+
+/* 32 columns of a dense row, zeros where mask has none; what it lacks is not read. */
+INLINE void next_dense(const char **from, uint32_t mask, int dtype, __m512 out[2])
+{
+    ahead(*from);
+    if (dtype == SRT_FP32) {
+        ahead(*from + 64);
+        out[0] = _mm512_maskz_loadu_ps((__mmask16)mask, *from);
+        out[1] = _mm512_maskz_loadu_ps((__mmask16)(mask >> 16), *from + 64);
+        *from += 128;
+        return;
+    }
+    out_of_words(_mm512_maskz_loadu_epi16(mask, *from), dtype, out);
+    *from += 64;
+}
+
 /* The next 32 columns of a row as two vectors of 16; moves *from. */
 INLINE void next_columns(const char **from, uint32_t mask, int dtype, __m512 out[2])
 {
@@ -46,21 +73,14 @@ INLINE void next_columns(const char **from, uint32_t mask, int dtype, __m512 out
         return;
     }
     ahead(*from);
-    __m512i words = expand_words(mask, _mm512_loadu_si512(*from));
+    out_of_words(expand_words(mask, _mm512_loadu_si512(*from)), dtype, out);
     *from += 2 * popcount(mask);
-    if (dtype == SRT_BF16) {
-        out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-        out[1] = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32((int)0xffff0000)));
-    } else {
-        out[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(words));
-        out[1] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(words, 1));
-    }
 }
 
 /* out [tokens][16]: `rows` <= 4 rows from `row` on. Two sums for each row and token where there are registers for
  * them: one alone waits for itself. */
 INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int64_t ldx, int tokens, int dtype,
-                int pairs, float *out)
+                int kind, float *out)
 {
     const int chains = rows * tokens <= 8 ? 2 : 1;
     __m512 sums[FEW_ROWS * SRT_MAX_FEW];
@@ -77,13 +97,18 @@ INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int6
         uint64_t words[FEW_ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
-            words[r] = mask_at(meta + r * stride, pairs, at, w->n);
+            words[r] = kind == SRT_KEEP_ALL ? srt_low_bits(w->n - at)
+                                         : mask_at(meta + r * stride, kind == SRT_KEEP_PAIRS, at, w->n);
         for (int half = 0; half < 2; half++) {
             const float *columns = x + at + 32 * half;
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
                 __m512 weights[2];
-                next_columns(&from[r], (uint32_t)(words[r] >> 32 * half), dtype, weights);
+                uint32_t mask = (uint32_t)(words[r] >> 32 * half);
+                if (kind == SRT_KEEP_ALL)
+                    next_dense(&from[r], mask, dtype, weights);
+                else
+                    next_columns(&from[r], mask, dtype, weights);
 #pragma GCC unroll 8
                 for (int t = 0; t < tokens; t++) {
                     const float *token = columns + t * ldx;
@@ -105,19 +130,19 @@ INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int6
 
 /* A unit is always cut alike: no thread and no other row decides how a row's sums are formed. */
 INLINE void few_of(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens, int dtype,
-                   int pairs, float *out)
+                   int kind, float *out)
 {
     const int rows = tokens == 1 ? 1 : tokens <= 6 ? FEW_ROWS : 2;
     int64_t r = 0;
     for (; r + rows <= count; r += rows)
-        few(w, row + r, rows, x, ldx, tokens, dtype, pairs, out + r);
+        few(w, row + r, rows, x, ldx, tokens, dtype, kind, out + r);
     for (; r < count; r++)
-        few(w, row + r, 1, x, ldx, tokens, dtype, pairs, out + r);
+        few(w, row + r, 1, x, ldx, tokens, dtype, kind, out + r);
 }
 
-#define FEW(T) few_of(w, row, count, x, ldx, T, dtype, pairs, out)
+#define FEW(T) few_of(w, row, count, x, ldx, T, dtype, kind, out)
 INLINE void few_tokens(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens,
-                       int dtype, int pairs, float *out)
+                       int dtype, int kind, float *out)
 {
     switch (tokens) {
     case 1: FEW(1); break;
@@ -131,17 +156,21 @@ INLINE void few_tokens(const srt_weight *w, int64_t row, int64_t count, const fl
     }
 }
 
+#define FEW_TOKENS(DTYPE, KIND) \
+    case 3 * DTYPE + KIND: few_tokens(w, row, count, x, ldx, tokens, DTYPE, KIND, out); break
 TARGET static void few_rows(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens,
                             float *out)
 {
-    int pairs = w->offsets == NULL;
-    switch (2 * w->dtype + pairs) {
-    case 2 * SRT_BF16: few_tokens(w, row, count, x, ldx, tokens, SRT_BF16, 0, out); break;
-    case 2 * SRT_BF16 + 1: few_tokens(w, row, count, x, ldx, tokens, SRT_BF16, 1, out); break;
-    case 2 * SRT_FP16: few_tokens(w, row, count, x, ldx, tokens, SRT_FP16, 0, out); break;
-    case 2 * SRT_FP16 + 1: few_tokens(w, row, count, x, ldx, tokens, SRT_FP16, 1, out); break;
-    case 2 * SRT_FP32: few_tokens(w, row, count, x, ldx, tokens, SRT_FP32, 0, out); break;
-    default: few_tokens(w, row, count, x, ldx, tokens, SRT_FP32, 1, out);
+    switch (3 * w->dtype + w->kind) {
+        FEW_TOKENS(SRT_BF16, SRT_KEEP_BITMASK);
+        FEW_TOKENS(SRT_BF16, SRT_KEEP_PAIRS);
+        FEW_TOKENS(SRT_BF16, SRT_KEEP_ALL);
+        FEW_TOKENS(SRT_FP16, SRT_KEEP_BITMASK);
+        FEW_TOKENS(SRT_FP16, SRT_KEEP_PAIRS);
+        FEW_TOKENS(SRT_FP16, SRT_KEEP_ALL);
+        FEW_TOKENS(SRT_FP32, SRT_KEEP_BITMASK);
+        FEW_TOKENS(SRT_FP32, SRT_KEEP_PAIRS);
+        FEW_TOKENS(SRT_FP32, SRT_KEEP_ALL);
     }
 }
 

@@ -15,7 +15,7 @@ enum { MAX_INPUTS = 4, MAX_DIMS = 8, SRT_TEXT = SRT_MESSAGE + 128 };
 typedef struct {
     OrtCustomOp base; /* first: ONNX Runtime hands its address back */
     const char *name, *metadata;
-    int x_type;
+    int x_type, kind;
     size_t inputs;
 } operator;
 
@@ -94,36 +94,61 @@ static OrtStatus *get_input(const kernel *k, OrtKernelContext *context, size_t i
 
 /* ---- the weight ----------------------------------------------------------------------------------------------- */
 
+/* Metadata of a compressed weight that fits x; `out` gets its rows. */
+static OrtStatus *rows_of_metadata(const kernel *k, const tensor in[MAX_INPUTS], int64_t *out)
+{
+    const tensor *meta = in + 2, *offsets = in + 3;
+    char text[SRT_MESSAGE];
+    int64_t width = (k->in_features + 7) / 8;
+    if (meta->rank != 2 || meta->dims[1] != width) {
+        snprintf(text, sizeof text, "%s must be [rows, %lld] for %lld columns, it has %zu dimensions, the last of %lld",
+                 k->op->metadata, (long long)width, (long long)k->in_features, meta->rank,
+                 (long long)(meta->rank ? meta->dims[meta->rank - 1] : 0));
+        return refuse(k, text);
+    }
+    *out = meta->dims[0];
+    if (k->op->kind == SRT_KEEP_BITMASK && offsets->count != *out + 1) {
+        snprintf(text, sizeof text, "row_offsets has %lld entries, %s of %lld rows needs %lld",
+                 (long long)offsets->count, k->op->metadata, (long long)*out, (long long)*out + 1);
+        return refuse(k, text);
+    }
+    if (k->op->kind == SRT_KEEP_PAIRS && k->in_features % 4)
+        return refuse(k, "in_features of a 2:4 weight must be a multiple of 4");
+    return NULL;
+}
+
+/* The rows of a dense weight that fits x. */
+static OrtStatus *rows_of_dense(const kernel *k, const tensor *weight, int64_t *out)
+{
+    char text[SRT_MESSAGE];
+    if (weight->rank == 2 && weight->dims[1] == k->in_features)
+        return *out = weight->dims[0], NULL;
+    snprintf(text, sizeof text, "weight must be [rows, %lld], it has %zu dimensions, the last of %lld",
+             (long long)k->in_features, weight->rank, (long long)(weight->rank ? weight->dims[weight->rank - 1] : 0));
+    return refuse(k, text);
+}
+
 /* Shapes that fit together; then `w` may be checked by srt_check_weight. */
 static OrtStatus *weight_of(const kernel *k, const tensor in[MAX_INPUTS], srt_weight *w)
 {
-    const tensor *x = in, *values = in + 1, *meta = in + 2, *offsets = in + 3;
+    const tensor *x = in, *values = in + 1;
     char text[SRT_MESSAGE];
-    int64_t n = k->in_features, width = (n + 7) / 8;
+    int64_t n = k->in_features, m = 0;
     if (n < 1 || x->rank < 1 || x->dims[x->rank - 1] != n) {
         snprintf(text, sizeof text, "x ends in %lld columns, in_features is %lld",
                  (long long)(x->rank ? x->dims[x->rank - 1] : 0), (long long)n);
         return refuse(k, text);
     }
-    if (meta->rank != 2 || meta->dims[1] != width) {
-        snprintf(text, sizeof text, "%s must be [rows, %lld] for %lld columns, it has %zu dimensions, the last of %lld",
-                 k->op->metadata, (long long)width, (long long)n, meta->rank,
-                 (long long)(meta->rank ? meta->dims[meta->rank - 1] : 0));
-        return refuse(k, text);
-    }
+    OrtStatus *status = k->op->kind == SRT_KEEP_ALL ? rows_of_dense(k, values, &m) : rows_of_metadata(k, in, &m);
+    if (status)
+        return status;
     int dtype = number_of(values->type);
     if (dtype < 0)
         return refuse(k, "values must be float, float16 or bfloat16");
-    if (k->op->inputs == 4 && offsets->count != meta->dims[0] + 1) {
-        snprintf(text, sizeof text, "row_offsets has %lld entries, %s of %lld rows needs %lld",
-                 (long long)offsets->count, k->op->metadata, (long long)meta->dims[0], (long long)meta->dims[0] + 1);
-        return refuse(k, text);
-    }
-    if (k->op->inputs == 3 && n % 4)
-        return refuse(k, "in_features of a 2:4 weight must be a multiple of 4");
-    *w = (srt_weight){.values = values->data, .meta = meta->data, .m = meta->dims[0], .n = n, .dtype = dtype};
+    *w = (srt_weight){.values = values->data, .m = m, .n = n, .kind = k->op->kind, .dtype = dtype};
     w->values_end = w->values + values->count * srt_number_bytes(dtype);
-    w->offsets = k->op->inputs == 4 ? offsets->data : NULL;
+    w->meta = k->op->kind == SRT_KEEP_ALL ? NULL : in[2].data;
+    w->offsets = k->op->kind == SRT_KEEP_BITMASK ? in[3].data : NULL;
     return NULL;
 }
 
@@ -236,7 +261,7 @@ static int of_index_zero(const OrtCustomOp *op, size_t index) { return (void)op,
 static int one(const OrtCustomOp *op) { return (void)op, 1; }
 static int any_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 
-#define OPERATOR(NAME, METADATA, INPUTS, TYPE)                                                                         \
+#define OPERATOR(NAME, METADATA, KIND, INPUTS, TYPE)                                                                   \
     {                                                                                                                  \
         .base = {.version = ORT_API_VERSION, .CreateKernel = create_v1, .GetName = name_of,                            \
                  .GetExecutionProviderType = on_cpu, .GetInputType = input_type, .GetInputTypeCount = input_count,     \
@@ -246,13 +271,17 @@ static int any_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
                  .GetVariadicInputMinArity = one, .GetVariadicInputHomogeneity = one,                                  \
                  .GetVariadicOutputMinArity = one, .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create,      \
                  .KernelComputeV2 = compute, .GetStartVersion = one, .GetEndVersion = any_version},                    \
-        .name = NAME, .metadata = METADATA, .x_type = TYPE, .inputs = INPUTS,                                          \
+        .name = NAME, .metadata = METADATA, .x_type = TYPE, .kind = KIND, .inputs = INPUTS,                            \
     }
 
+#define OF_EVERY_TYPE(NAME, METADATA, KIND, INPUTS)                                                                    \
+    OPERATOR(NAME, METADATA, KIND, INPUTS, ORT_FLOAT), OPERATOR(NAME, METADATA, KIND, INPUTS, ORT_FLOAT16),            \
+        OPERATOR(NAME, METADATA, KIND, INPUTS, ORT_BFLOAT16)
+
 static const operator operators[] = {
-    OPERATOR("BitmaskLinear", "mask", 4, ORT_FLOAT),    OPERATOR("BitmaskLinear", "mask", 4, ORT_FLOAT16),
-    OPERATOR("BitmaskLinear", "mask", 4, ORT_BFLOAT16), OPERATOR("Sparse24Linear", "meta", 3, ORT_FLOAT),
-    OPERATOR("Sparse24Linear", "meta", 3, ORT_FLOAT16), OPERATOR("Sparse24Linear", "meta", 3, ORT_BFLOAT16),
+    OF_EVERY_TYPE("BitmaskLinear", "mask", SRT_KEEP_BITMASK, 4),
+    OF_EVERY_TYPE("Sparse24Linear", "meta", SRT_KEEP_PAIRS, 3),
+    OF_EVERY_TYPE("DenseLinear", NULL, SRT_KEEP_ALL, 2),
 };
 
 /* What SessionOptions.register_custom_ops_library calls. With a runtime before 1.17 nothing is registered and the
