@@ -17,6 +17,8 @@ from sparse_rt.optional import require
 logger = logging.getLogger(__name__)
 
 MODEL_NAME = "model.onnx"
+# Key of the model's metadata that names the option base of its export.
+BASE_NOTE = "sparse_rt.base"
 Kernel = Literal["auto", "native", "body"]
 # numpy's names of the tensor types that inputs of an exported model may have.
 _DTYPES = {"tensor(int64)": np.int64, "tensor(float)": np.float32, "tensor(float16)": np.float16}

@@ -24,6 +24,11 @@ MAX_VALUES = 1 << 31
 
 
 class OnnxOptions(Options):
+    base: Literal["portable", "genai"] = Field(
+        "portable",
+        description="portable: standard operators; genai: those of onnxruntime-genai's model builder, which ONNX "
+        "Runtime alone knows (implies genai=true)",
+    )
     form: Literal["function", "inline", "dense"] = Field(
         "function",
         description="function: operators of domain sparse_rt with a body; inline: standard operators only (OpenVINO); "
@@ -40,7 +45,13 @@ class OnnxOptions(Options):
 
     @model_validator(mode="after")
     def _genai(self):
-        if self.genai and self.form != "function":
+        if self.base == "genai":
+            if self.form == "inline":
+                raise ValueError("form=inline is for base=portable, base=genai allows form=function and form=dense")
+            if "opset" in self.model_fields_set:
+                raise ValueError("opset is for base=portable, the builder of base=genai has its own; leave it out")
+            self.genai = True
+        elif self.genai and self.form != "function":
             raise ValueError(f"genai is for form=function, not form={self.form}")
         return self
 
@@ -54,14 +65,17 @@ class OnnxExporter(Exporter):
         chosen = OnnxOptions.build(**options)
         for module in ("onnx", "onnxscript"):
             require(module, extra="onnx")
+        if chosen.base == "genai":
+            require("onnxruntime_genai", extra="genai")
         checkpoint = Checkpoint.open(source)
         body = choose_body(checkpoint, chosen)
         import onnx
 
-        from sparse_rt.exporters.onnx import genai
+        from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
         from sparse_rt.exporters.onnx.engine import MODEL_NAME
         from sparse_rt.exporters.onnx.readme import write_readme
+        from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
         from sparse_rt.exporters.onnx.trace import take_weights, trace
 
         if chosen.genai:
@@ -69,18 +83,24 @@ class OnnxExporter(Exporter):
         model = _load(source)
         weights = take_weights(model)
         _check_coverage(checkpoint, weights)
-        proto = trace(model, chosen.opset)
+        if chosen.base == "genai":
+            proto, joined = builder.build(model, weights, checkpoint, MAX_FOLDED_WEIGHTS)
+        else:
+            proto, joined = trace(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
-        assembler = Assembler(output, proto, checkpoint, model.base_model_prefix, form)
-        proto = assembler.build(weights)
-        facts = {"form": chosen.form, "body": body, "opset": chosen.opset}
+        stored = JoinedCheckpoint(checkpoint, joined)
+        proto = Assembler(output, proto, stored, model.base_model_prefix, form).build(weights)
+        note(proto, joined)
+        opset = next(entry.version for entry in proto.opset_import if not entry.domain)
+        facts = {"base": chosen.base, "form": chosen.form, "body": body, "opset": opset}
         proto = _finish(proto, checkpoint, facts)
         (output / MODEL_NAME).write_bytes(proto.SerializeToString())
-        onnx.checker.check_model(str(output / MODEL_NAME))
+        if chosen.base == "portable":  # onnx knows the standard operators only
+            onnx.checker.check_model(str(output / MODEL_NAME))
         write_dense_config(source, output)
         copy_side_files(source, output)
         if chosen.genai:
-            genai.write_genai(output, proto)
+            genai.write_genai(output, proto, chosen.base, operators=chosen.form == "function")
         write_readme(output, checkpoint, facts, FOLD_BYTES_PER_WEIGHT)
         return {**facts, "sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
 

@@ -26,16 +26,16 @@ def check_type(config: dict[str, Any]) -> None:
         )
 
 
-def write_genai(folder: Path, proto: Any) -> None:
+def write_genai(folder: Path, proto: Any, base: str, operators: bool) -> None:
     """Make ``folder`` one that ``onnxruntime_genai.Model`` opens; the graph is ``proto`` (``onnx.ModelProto``).
 
-    It takes the library only from inside the folder, so a copy is put there, compiled for this kind of processor and
-    system. ``UserError`` where it cannot be compiled.
+    With ``operators`` of ours in the graph a copy of the library is put there, compiled for this kind of processor and
+    system: it is taken only from inside the folder. ``UserError`` where it cannot be compiled.
     """
-    try:
-        shutil.copyfile(library.path(), folder / library.FILE_NAME)
-    except BuildError as error:
-        raise UserError(f"the option genai needs the operators as a library: {error}") from error
+    options: dict[str, Any] = {"log_id": "sparse-rt", "provider_options": []}
+    if operators:
+        _copy_library(folder)
+        options["custom_ops_library"] = library.FILE_NAME
     config = read_json(folder / "config.json")
     side = folder / "generation_config.json"
     generation = read_json(side) if side.is_file() else {}
@@ -46,7 +46,7 @@ def write_genai(folder: Path, proto: Any) -> None:
     tokens["pad_token_id"] = _first(tokens["pad_token_id"], tokens["eos_token_id"], 0)
     length = config.get("max_position_embeddings", 2048)
     decoder = {
-        "session_options": {"log_id": "sparse-rt", "provider_options": [], "custom_ops_library": library.FILE_NAME},
+        "session_options": options,
         "filename": MODEL_NAME,
         "head_size": head_size,
         "hidden_size": config["hidden_size"],
@@ -63,9 +63,16 @@ def write_genai(folder: Path, proto: Any) -> None:
         **{name: token for name, token in tokens.items() if token is not None},
         "decoder": decoder,
     }
-    # The graph grows its cache: one buffer for past and present is what GroupQueryAttention graphs have.
-    search = {"do_sample": False, "max_length": length, "num_beams": 1, "past_present_share_buffer": False}
+    # The portable graph grows its cache: one buffer for past and present is what GroupQueryAttention can write to.
+    search = {"do_sample": False, "max_length": length, "num_beams": 1, "past_present_share_buffer": base == "genai"}
     write_json(folder / CONFIG_NAME, {"model": model, "search": search})
+
+
+def _copy_library(folder: Path) -> None:
+    try:
+        shutil.copyfile(library.path(), folder / library.FILE_NAME)
+    except BuildError as error:
+        raise UserError(f"the option genai needs the operators as a library: {error}") from error
 
 
 def _cache_names(word: str, stem: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sparse_rt.exporters.onnx.engine import Kernel, session, which_kernel
+from sparse_rt.exporters.onnx.engine import BASE_NOTE, Kernel, session, which_kernel
 from sparse_rt.optional import require
 
 
@@ -36,6 +36,7 @@ class OnnxModel:
         _give_back_memory()
         self._inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
         self._outputs = [entry.name for entry in self.session.get_outputs()]
+        self._pads_right = self.session.get_modelmeta().custom_metadata_map.get(BASE_NOTE) == "genai"
 
     @property
     def kernel(self) -> str:
@@ -52,8 +53,16 @@ class OnnxModel:
         }
 
     def step(self, ids: np.ndarray, mask: np.ndarray, past: dict | None = None) -> tuple[np.ndarray, dict]:
-        """One run: ids [B, S], mask [B, past + S] (0 = padding) -> logits [B, S, vocabulary] float32, new past."""
+        """One run: ids [B, S], mask [B, past + S] (0 = padding) -> logits [B, S, vocabulary] float32, new past.
+
+        With base=genai the first run may have padding, every later one goes on by one token a sequence.
+        """
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
+        order = None
+        if self._pads_right and past is None and not mask.all():
+            # GroupQueryAttention only counts the mask: the tokens of a sequence come first, its padding last.
+            order = np.argsort(mask == 0, axis=1, kind="stable")
+            ids = np.ascontiguousarray(np.take_along_axis(ids, order, axis=1))
         value = self.ort.OrtValue.ortvalue_from_numpy
         feed = {"input_ids": value(ids), "attention_mask": value(mask)}
         if "position_ids" in self._inputs:
@@ -65,7 +74,10 @@ class OnnxModel:
             name.replace("present.", "past_key_values.", 1): result
             for name, result in zip(self._outputs[1:], results[1:], strict=True)
         }
-        return results[0].numpy(), new
+        logits = results[0].numpy()
+        if order is not None:
+            logits = np.take_along_axis(logits, np.argsort(order, axis=1)[..., None], axis=1)
+        return logits, new
 
     def logits(self, ids: np.ndarray, mask: np.ndarray | None = None) -> np.ndarray:
         """Logits [B, S, vocabulary] of whole sequences ids [B, S]; ``mask`` [B, S] has 0 at (left) padding."""
