@@ -163,7 +163,7 @@ class MergeOptions(Options):
 class ExportOptions(Options):
     model: str
     output_dir: Path
-    to: str = Field(description="vllm, onnx, dense or compressed-tensors")
+    to: str = Field(description="vllm, onnx, dense, int8 or compressed-tensors")
     check: bool = Field(False, description="load the result in its engine and compare with this model")
     options: dict[str, Any] = Field({}, description="options of the exporter")
     overwrite: bool = Field(False, description="replace a non-empty output folder")
@@ -216,6 +216,9 @@ class BenchOptions(Options):
         False, description="vllm on a CPU: compile the models first, as vLLM does by default; a minute a start"
     )
     num_prompts: int = Field(32, ge=1, description="requests of serve in each repetition")
+    quantized: bool = Field(
+        True, description="onnx: compare also with int8 and int4 weights, quantized by ONNX Runtime (MatMulNBits)"
+    )
     repeats: int = Field(5, ge=1, description="interleaved repetitions; the median counts")
     device: str = Field("auto", description="device of the hf engine: auto, cpu, cuda")
     report: Path | None = Field(None, description="folder for report.json, report.md and report.png")

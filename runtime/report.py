@@ -118,26 +118,37 @@ def bar_chart(
 
 
 _BAR, _BELOW = "#3b6ea5", "#c0504d"
+# From here on one bar would hide the others: they start at the reference, on a logarithmic axis.
+_LONG = 12
 
 
 def _draw_bars(axes, labels, values, spans, reference) -> None:
     # As the label shows it: a bar labelled 1.00 is not below 1.
     below = [reference is not None and round(value, 2) < reference for value in values]
     places = range(len(labels))
-    axes.barh(places, values, color=[_BELOW if is_below else _BAR for is_below in below])
+    lows, highs = zip(*(spans or [(value, value) for value in values]), strict=True) if values else ((), ())
+    right = max([*values, *highs, reference or 0.0], default=1.0)
+    logarithmic = bool(reference) and right > _LONG * reference and min([*values, *lows]) > 0
+    start = reference if logarithmic else 0.0
+    colours = [_BELOW if is_below else _BAR for is_below in below]
+    axes.barh(places, [value - start for value in values], left=start, color=colours)
     if spans is not None:
-        left = [max(0.0, value - low) for value, (low, _) in zip(values, spans, strict=True)]
-        rest = [max(0.0, high - value) for value, (_, high) in zip(values, spans, strict=True)]
+        left = [max(0.0, value - low) for value, low in zip(values, lows, strict=True)]
+        rest = [max(0.0, high - value) for value, high in zip(values, highs, strict=True)]
         axes.errorbar(values, places, xerr=[left, rest], fmt="none", ecolor="#333333", capsize=3, linewidth=1)
-    right = max([*values, *(high for _, high in spans or ()), reference or 0.0], default=1.0)
-    for place, value in zip(places, values, strict=True):
-        high = spans[place][1] if spans is not None else value
-        axes.text(max(value, high) + right * 0.015, place, f"{value:.2f}", va="center", fontsize=8)
+    for place, value, high in zip(places, values, highs, strict=True):
+        end = max(value, high, start)
+        x = end * 1.05 if logarithmic else end + right * 0.015
+        axes.text(x, place, f"{value:.2f}", va="center", fontsize=8)
     if reference is not None:
         axes.axvline(reference, color="black", linewidth=1, linestyle="--")
     axes.set_yticks(places, labels, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, right * 1.12)
+    if logarithmic:
+        axes.set_xscale("log")
+        axes.set_xlim(min([*values, *lows, reference]) / 1.2, right * 1.6)
+    else:
+        axes.set_xlim(0, right * 1.12)
 
 
 def _draw_lines(axes, panel: LinePanel) -> None:

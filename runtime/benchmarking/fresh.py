@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_rt.benchmarking.hf_engine import forward_options
-from sparse_rt.benchmarking.processes import status_bytes
+from sparse_rt.benchmarking.processes import reset_peak, status_bytes
 from sparse_rt.benchmarking.rows import timed
 from sparse_rt.benchmarking.training import TrainingStep, adapted, random_tokens
 from sparse_rt.benchmarking.weights import tensor_bytes
@@ -59,8 +57,3 @@ def import_everything(folder: str) -> None:
 
     with torch.device("meta"):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-
-
-def reset_peak() -> None:
-    with contextlib.suppress(OSError):  # the peak then includes the imports, which are the same on both sides
-        Path("/proc/self/clear_refs").write_text("5")

@@ -1,7 +1,8 @@
-"""What other processes do, from /proc: their processor time and their memory. Linux; elsewhere nothing is known."""
+"""What processes do, from /proc: their processor time and their memory. Linux; elsewhere nothing is known."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -13,12 +14,22 @@ STATE, SESSION, USER_TIME, SYSTEM_TIME = 0, 3, 11, 12  # fields of /proc/PID/sta
 
 
 def status_bytes(name: str, process: int | str = "self") -> int | None:
-    """A size of /proc/PID/status ("VmRSS": bytes in memory, mapped files included; "VmHWM": the most of it)."""
+    """A size of /proc/PID/status.
+
+    "VmRSS": bytes in memory, mapped files included; "VmHWM": the most of it; "RssAnon": without the mapped files, which
+    the system can drop and read again.
+    """
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
+
+
+def reset_peak() -> None:
+    """Let this process's "VmHWM" begin anew."""
+    with contextlib.suppress(OSError):  # the peak then includes the imports, which are the same on both sides
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def session_members(session: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sparse_rt.benchmarking.rows import SIDES
+from sparse_rt.benchmarking.rows import SIDES, comparison
 from sparse_rt.checkpoint import output_directory
 from sparse_rt.optional import available
 from sparse_rt.progress import Progress
@@ -16,23 +16,29 @@ CHART, MARKDOWN, JSON = "report.png", "report.md", "report.json"
 
 
 def where_sparse_loses(rows: list[dict[str, Any]]) -> str:
-    """One sentence, from the rows."""
+    """A sentence for every pair of models and unit, from the rows."""
     sentences = []
     for unit, word in (("s", "slower"), ("bytes", "larger")):
-        places = []
+        places: dict[tuple[str, str], list[str]] = {
+            (row["models"]["sparse"], row["models"]["dense"]): [] for row in rows
+        }
         for row in rows:
-            ratio = row["ratio"]
+            ratio, models = row["ratio"], row["models"]
             if row["unit"] == unit and round(ratio["median"], 2) < 1:
                 doubt = ", but not in every pair" if ratio["max"] >= 1 else ""
-                places.append(f"{row_name(row)} ({ratio['median']:.2f}x{doubt})")
-        if places:
-            sentences.append(f"Sparse is {word} than dense here: {', '.join(places)}.")
-    return " ".join(sentences) or "Sparse is neither slower nor larger than dense in any row of this run."
+                name = row_name(row).removesuffix(comparison(models)).removesuffix(", ")
+                places[models["sparse"], models["dense"]].append(f"{name} ({ratio['median']:.2f}x{doubt})")
+        for (ours, other), found in places.items():
+            if found:
+                sentences.append(f"{ours.capitalize()} is {word} than {other} here: {', '.join(found)}.")
+    return " ".join(sentences) or "Sparse is neither slower nor larger in any row of this run."
 
 
 def row_name(row: dict[str, Any]) -> str:
     """A row in a few words."""
-    detail = f"batch {row['batch']}" if row["phase"] in ("prefill", "decode") else row["what"]
+    detail = row["what"]
+    if row["phase"] in ("prefill", "decode"):
+        detail = ", ".join(part for part in (f"batch {row['batch']}", comparison(row["models"])) if part)
     return f"{row['engine']} {row['phase']}, {detail}"
 
 

@@ -40,18 +40,20 @@ class Row:
     note: str | None = None
     request_rate: float | None = None
     metric: str | None = None
+    models: tuple[str, str] = SIDES
 
     def to_dict(self) -> dict[str, Any]:
         """The row as JSON: median, min, max and samples of both sides and of dense / sparse (above 1 sparse wins)."""
         ratios = [dense / sparse for dense, sparse in zip(self.dense, self.sparse, strict=True)]
         sides = {"dense": summary(self.dense), "sparse": summary(self.sparse)}
+        models = dict(zip(SIDES, self.models, strict=True))
         speeds = None
         if self.tokens is not None:
             speeds = {side: self.tokens / sides[side]["median"] for side in SIDES}
         return {
             "engine": self.engine,
             "phase": self.phase,
-            "what": self.what,
+            "what": ", ".join(part for part in (self.what, comparison(models)) if part),
             "batch": self.batch,
             "unit": self.unit,
             **sides,
@@ -60,7 +62,16 @@ class Row:
             "note": self.note,
             "request_rate": None if self.request_rate is None else json_rate(self.request_rate),
             "metric": self.metric,
+            "models": models,
         }
+
+
+def comparison(models: dict[str, str]) -> str:
+    """Which models a row compares, in words; "" for the dense one with the sparse one."""
+    dense, sparse = SIDES
+    ours = models[sparse] if models[sparse] != sparse else ""
+    against = f"against {models[dense]}" if models[dense] != dense else ""
+    return " ".join(part for part in (ours, against) if part)
 
 
 def json_rate(rate: float) -> float | str:
@@ -76,8 +87,19 @@ def in_turn(
     dense: Callable[[], Any], sparse: Callable[[], Any], repeats: int, progress: Progress, description: str
 ) -> tuple[list[Any], list[Any]]:
     """Call dense, sparse, dense, sparse ... ``repeats`` times; what each returned, pair by pair."""
-    pairs = [(dense(), sparse()) for _ in progress.track(range(repeats), description, total=repeats)]
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    found = all_in_turn({"dense": dense, "sparse": sparse}, repeats, progress, description)
+    return found["dense"], found["sparse"]
+
+
+def all_in_turn(
+    calls: dict[str, Callable[[], Any]], repeats: int, progress: Progress, description: str
+) -> dict[str, list[Any]]:
+    """The same for any number of models: call them one after the other, ``repeats`` times; what each returned."""
+    turns = [
+        {name: call() for name, call in calls.items()}
+        for _ in progress.track(range(repeats), description, total=repeats)
+    ]
+    return {name: [turn[name] for turn in turns] for name in calls}
 
 
 def timed(call: Callable[[], Any], device: torch.device | str = "cpu") -> tuple[float, Any]:
@@ -100,14 +122,22 @@ def calls_for(seconds: float) -> int:
 
 
 def generation_rows(
-    engine: str, dense: list, sparse: list, batch: int, options: BenchOptions, note: str | None
+    engine: str,
+    dense: list,
+    sparse: list,
+    batch: int,
+    options: BenchOptions,
+    note: str | None,
+    models: tuple[str, str] = SIDES,
 ) -> list[Row]:
     """The rows of (prefill seconds, seconds a decode step) pairs; no decode row where no step was taken."""
     prompt = f"prompt of {options.prompt_tokens} tokens"
-    rows = [Row(engine, "prefill", prompt, "s", *_part(dense, sparse, 0), batch, batch * options.prompt_tokens, note)]
+    shared = {"batch": batch, "note": note, "models": models}
+    tokens = batch * options.prompt_tokens
+    rows = [Row(engine, "prefill", prompt, "s", *_part(dense, sparse, 0), tokens=tokens, **shared)]
     if dense[0][1]:
         what = f"one step after {options.prompt_tokens} tokens"
-        rows.append(Row(engine, "decode", what, "s", *_part(dense, sparse, 1), batch, batch, note))
+        rows.append(Row(engine, "decode", what, "s", *_part(dense, sparse, 1), tokens=batch, **shared))
     return rows
 
 

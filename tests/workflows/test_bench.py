@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import helpers
-from sparse_rt.benchmarking.rendering import where_sparse_loses
+from sparse_rt.benchmarking.rendering import row_name, where_sparse_loses
 from sparse_rt.benchmarking.rows import Row
 from sparse_rt.config import ASKED_PHASES, BENCH_PHASES, BenchOptions
 from sparse_rt.errors import CheckFailed, UserError
-from sparse_rt.report import duration, markdown_table, quantity, size
-from sparse_rt.workflows.bench import bench, table_rows
+from sparse_rt.report import bar_chart, duration, markdown_table, quantity, size
+from sparse_rt.workflows.bench import bench, judge, table_rows
 
 SHORT = dict(prompt_tokens=8, new_tokens=3, train_tokens=8)
 
@@ -174,6 +174,37 @@ def test_the_sentence_names_losing_rows_only():
     assert "neither slower nor larger" in where_sparse_loses(rows[:1])
 
 
+def test_rows_of_other_models_name_them():
+    against = ("int4 MatMulNBits", "sparse int8")
+    rows = [
+        Row("onnx", "decode", "step", "s", [1.0], [2.0], batch=1),
+        Row("onnx", "decode", "step", "s", [1.0], [4.0], batch=1, models=against),
+        Row("onnx", "disk", "exported model", "bytes", [1.0], [4.0], models=against),
+    ]
+    described = [row.to_dict() for row in rows]
+    assert described[0]["models"] == {"dense": "dense", "sparse": "sparse"} and described[0]["what"] == "step"
+    assert described[1]["models"] == {"dense": "int4 MatMulNBits", "sparse": "sparse int8"}
+    assert [row_name(row) for row in described] == [
+        "onnx decode, batch 1",
+        "onnx decode, batch 1, sparse int8 against int4 MatMulNBits",
+        "onnx disk, exported model, sparse int8 against int4 MatMulNBits",
+    ]
+    assert where_sparse_loses(described) == (
+        "Sparse is slower than dense here: onnx decode, batch 1 (0.50x). "
+        "Sparse int8 is slower than int4 MatMulNBits here: onnx decode, batch 1 (0.25x). "
+        "Sparse int8 is larger than int4 MatMulNBits here: onnx disk, exported model (0.25x)."
+    )
+    result = {"rows": described}
+    judge(result, 1.0)
+    assert result["below"] == ["onnx decode, batch 1 0.50x"]
+
+
+def test_a_chart_with_one_long_bar(tmp_path):
+    for index, values in enumerate(([1.0, 0.5, 2.0], [1.0, 0.5, 60.0])):
+        bar_chart(tmp_path / f"{index}.png", list("abc"), values, "title", "ratio", reference=1.0)
+        assert (tmp_path / f"{index}.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_figures_are_written_for_people():
     assert (size(999), size(1.2e6), size(5e13)) == ("999 B", "1.2 MB", "50.0 TB")
     assert (duration(0.0000021), duration(0.0123), duration(123.4)) == ("2.10 us", "12.3 ms", "123 s")
@@ -182,23 +213,21 @@ def test_figures_are_written_for_people():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "engine, phases", [("onnx", "disk load prefill decode"), ("vllm", "load memory prefill decode")]
-)
-def test_serving_engines_measure_both_sides(sparse, dense, engine, phases):
-    pytest.importorskip("onnxruntime" if engine == "onnx" else engine)
+def test_vllm_measures_both_sides(sparse, dense):
+    pytest.importorskip("vllm")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # one thread each: with more, vLLM binds them to cores that other work may be using
     try:
         # Enough tokens that a step can be told from the noise of a busy machine.
-        result = quick(sparse, dense, engine=[engine], phase=[], repeats=2, new_tokens=32)
+        result = quick(sparse, dense, engine=["vllm"], phase=[], repeats=2, new_tokens=32)
     finally:
         torch.set_num_threads(threads)
-    measured = {row["phase"]: row for row in result["rows"] if row["engine"] == engine}
-    assert set(measured) == set(phases.split())
+    measured = {row["phase"]: row for row in result["rows"] if row["engine"] == "vllm"}
+    assert set(measured) == {"load", "memory", "prefill", "decode"}
     for row in measured.values():
         assert row["dense"]["median"] > 0 and row["sparse"]["median"] > 0
     assert len(measured["decode"]["ratio"]["samples"]) == 2
-    if engine == "vllm":  # half a minute each: all repetitions use the same two engines
-        assert len(measured["load"]["ratio"]["samples"]) == 1
-    assert result["engines"][engine]["dense_linear"]
+    assert (
+        len(measured["load"]["ratio"]["samples"]) == 1
+    )  # half a minute each: all repetitions use the same two engines
+    assert result["engines"]["vllm"]["dense_linear"]
