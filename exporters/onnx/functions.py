@@ -2,13 +2,17 @@
 
     BitmaskLinear (x [..., K], values [nnz], mask [N, ceil(K/8)] uint8, row_offsets [N+1] int32) -> y [..., N]
     Sparse24Linear(x [..., K], values [N, K/2], meta [N, ceil(K/8)] uint8)                       -> y [..., N]
+    BitmaskLinearQ(x, values [nnz] int8, mask, row_offsets, scales [N, G] float32)               -> y [..., N]
     DenseLinear   (x [..., K], weight [N, K])                                                    -> y [..., N]
 
 Attribute ``in_features`` is K; y has the dtype of x, sums are float32. A runtime that has a kernel of that name uses
-it, every other one runs the body. DenseLinear is for layers that are not compressed: ONNX Runtime has no product with
-bfloat16 on a CPU, and widens and transposes such a weight into a copy of twice its size while it opens the file.
+it, every other one runs the body. BitmaskLinearQ multiplies a value with the scale of its row (``group_size`` 0, G = 1)
+or of its ``group_size`` columns; with ``accuracy_level`` 4 a kernel may round x to int8 as well, which the body never
+does (the attribute of ONNX Runtime's MatMulNBits). DenseLinear is for layers that are not compressed: ONNX Runtime has
+no product with bfloat16 on a CPU, and widens and transposes such a weight into a copy of twice its size while it opens
+the file.
 
-The bodies of the first two look a metadata byte up in small tables: which of its eight columns are
+The bodies of the compressed ones look a metadata byte up in small tables: which of its eight columns are
 kept, and at which value, counted from the first value of the byte. Columns that are not kept point one value *before*
 that: never out of range (index -1 is the last value), so no clamp and no padding is needed.
 
@@ -32,9 +36,15 @@ BODIES = ("folding", "streaming")
 # intermediates of a step at about 8 MB.
 BLOCK_ROWS = 64
 
-DENSE = "DenseLinear"
+DENSE, QUANTIZED = "DenseLinear", "BitmaskLinearQ"
 
-_INPUTS = {"BitmaskLinear": "x, values, mask, row_offsets", "Sparse24Linear": "x, values, meta", DENSE: "x, weight"}
+_INPUTS = {
+    "BitmaskLinear": "x, values, mask, row_offsets",
+    "Sparse24Linear": "x, values, meta",
+    QUANTIZED: "x, values, mask, row_offsets, scales",
+    DENSE: "x, weight",
+}
+_ATTRIBUTES = {QUANTIZED: "in_features, group_size, accuracy_level"}
 
 _COMMON = """
   zero = Constant <value_int = 0> ()
@@ -51,10 +61,22 @@ _COMMON = """
   x_f32 = Cast <to = 1> (x)
 """
 
-_COLUMNS = """
+_IN_FEATURES = """
   in_features = Constant <value_int: int = @in_features> ()
-  columns = Unsqueeze (in_features, axis0)
 """
+
+# The group of every column; the weights before they are scaled are called plain.
+_GROUPS = """
+  given = Constant <value_int: int = @group_size> ()
+  whole_row = Equal (given, zero)
+  group_columns = Where (whole_row, in_features, given)
+  column = Range (zero, in_features, one)
+  group = Div (column, group_columns)
+"""
+_SCALE = """
+  SCALES_OF_ROWS
+  wide_scales = Gather <axis = 1> (row_scales, group)
+  weight = Mul (plain, wide_scales)"""
 
 # kept [256, 8] bool, slot [256, 8] int32 (place of a kept column among the values of its byte), count [256] int32,
 # row_start [N, 1] int32 (first value of a row), flat (the values in one dimension). All in int32 and without
@@ -181,12 +203,15 @@ _DOC = {
     "column 8b+j); values holds them row by row, row_offsets the first of each row",
     "Sparse24Linear": "y = x W^T; W [N, in_features] keeps two of every four columns; a nibble of meta (low one first) "
     "holds the first kept column in bits 0-1 and the second in bits 2-3",
+    QUANTIZED: "as BitmaskLinear; a value is multiplied with the scale of its row, or of group_size columns of it",
     DENSE: "y = x W^T; W [N, in_features] is stored as it is, in the dtype of the checkpoint",
 }
 
 
-def operator_of(pattern: str) -> str:
-    """The operator that reads weights of ``pattern``; every pattern with a bitmask shares one."""
+def operator_of(pattern: str, values: str = "plain") -> str:
+    """The operator that reads weights of ``pattern``; every pattern with a bitmask shares one, int8 values theirs."""
+    if values == "int8":
+        return QUANTIZED
     return "Sparse24Linear" if pattern == "2:4" else "BitmaskLinear"
 
 
@@ -197,7 +222,8 @@ def function(operator: str, body: str, opset: int, whole_bytes: bool) -> onnx.Fu
     a weight while folding.
     """
     lines = _DENSE_BODY if operator == DENSE else _sparse_body(operator, body, whole_bytes)
-    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{operator} <in_features> ({_INPUTS[operator]}) => (y)'
+    attributes = _ATTRIBUTES.get(operator, "in_features")
+    head = f'<domain: "{DOMAIN}", opset_import: ["" : {opset}]>\n{operator} <{attributes}> ({_INPUTS[operator]}) => (y)'
     proto = onnx.parser.parse_function(f"{head} {{{lines}}}")
     proto.doc_string = f"{_DOC[operator]}." if operator == DENSE else f"{_DOC[operator]}. Body: {body}."
     return proto
@@ -205,18 +231,26 @@ def function(operator: str, body: str, opset: int, whole_bytes: bool) -> onnx.Fu
 
 def _sparse_body(operator: str, body: str, whole_bytes: bool) -> str:
     template = {"folding": _FOLDING, "streaming": _STREAMING}[body]
+    quantized = operator == QUANTIZED
     if body == "folding":
         decompress = _decompress("METADATA", "row_start", "picked = Gather (flat_f32, position)")
+        scales = "row_scales = Identity (scales)"
     else:
         pick = "stored = Gather (flat, position)\n  picked = Cast <to = 1> (stored)"
         decompress = _decompress("meta_rows", "start_rows", pick)
-    reshape = "weight = Reshape (spread, two_dimensions)"
+        scales = "row_scales = Slice (scales, begin_1d, end_1d, axis0)"
+    name = "plain" if quantized else "weight"
+    reshape = f"{name} = Reshape (spread, two_dimensions)"
     if not whole_bytes:
-        reshape = reshape.replace("weight", "padded") + "\n  weight = Slice (padded, axis0, columns, axis1)"
+        reshape = reshape.replace(name, "padded") + f"\n  {name} = Slice (padded, axis0, columns, axis1)"
+    if quantized:
+        reshape += _SCALE.replace("SCALES_OF_ROWS", scales)
     metadata = _INPUTS[operator].split(", ")[2]
-    # Only where it is read: ONNX Runtime warns of a node without a reader.
-    columns = "" if whole_bytes and body == "folding" else _COLUMNS
-    lines = _COMMON + columns + _TABLES[operator] + template.replace("DECOMPRESS", decompress)
+    # Only where they are read: ONNX Runtime warns of a node without a reader.
+    columns = "" if whole_bytes and body == "folding" else "  columns = Unsqueeze (in_features, axis0)\n"
+    width = _IN_FEATURES if columns or quantized else ""
+    tables = _TABLES["BitmaskLinear"] + _GROUPS if quantized else _TABLES[operator]
+    lines = _COMMON + width + columns + tables + template.replace("DECOMPRESS", decompress)
     return lines.replace("RESHAPE", reshape).replace("METADATA", metadata).replace("BLOCK", str(BLOCK_ROWS))
 
 

@@ -3,19 +3,27 @@
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
-from onnx_models import TYPES, operator_model, operator_tensors, random_weight, session
+from onnx_models import (
+    ISAS,
+    TYPES,
+    counted,
+    native,
+    operator_model,
+    operator_tensors,
+    random_weight,
+    relative_error,
+    save,
+    session,
+)
 
 from sparse_rt.errors import BackendError, UserError
 from sparse_rt.exporters.onnx import engine, library
 
-ISAS = ("scalar", "avx2", "avx512")
 PATTERNS = ("unstructured", "2:4", "4:8", "dense")
 # One column, one byte, whole words of 64 and a rest, more than one panel of 4096 columns; one row, 16 and a rest.
 SHAPES = {
@@ -26,35 +34,6 @@ SHAPES = {
 }
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 97)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-
-
-@pytest.fixture
-def use_isa():
-    """Choose an instruction set; skipped where the system says that the processor lacks it, and only there."""
-
-    def choose(name):
-        flag = {"scalar": "", "avx2": "avx2", "avx512": "avx512_vbmi2"}[name]
-        if flag not in Path("/proc/cpuinfo").read_text():
-            pytest.skip(f"this processor has no {flag}")
-        library.use_isa(name)
-        assert library.isa() == name
-
-    yield choose
-    library.use_isa("")
-
-
-def native(model, threads=1, **options):
-    return session(model, threads, lambda settings: engine.register(settings, required=True), **options)
-
-
-def counted(run):
-    """The result of ``run()`` and how many calls of the library it made."""
-    before = library.calls()
-    return run(), library.calls() - before
-
-
-def relative_error(y, expected):
-    return np.abs(y - expected.numpy()).max() / max(1e-3, expected.abs().max().item())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -169,19 +148,6 @@ def test_sessions_and_threads_at_once():
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
-
-
-def save(model, folder):
-    """model.onnx with every initializer in a file of its own; returns the bytes of those files."""
-    for tensor in model.graph.initializer:
-        (folder / tensor.name).write_bytes(tensor.raw_data)
-        place = {"location": tensor.name, "offset": "0", "length": str(len(tensor.raw_data))}
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in place.items():
-            tensor.external_data.add(key=key, value=value)
-    onnx.save(model, folder / "model.onnx")
-    return sum((folder / tensor.name).stat().st_size for tensor in model.graph.initializer)
 
 
 @pytest.mark.parametrize("values", TYPES, ids=str)

@@ -25,20 +25,39 @@ enum { SRT_MAX_FEW = 8, SRT_MESSAGE = 256 };
 /* Which columns of a row have a value: those of a bitmask, two of every four, all. */
 enum { SRT_KEEP_BITMASK, SRT_KEEP_PAIRS, SRT_KEEP_ALL };
 
+/* Beside the dtypes of numbers.h: bytes from -128 to 127 that are multiplied with a scale (SRT_KEEP_BITMASK only). */
+enum { SRT_INT8 = SRT_NUMBERS };
+
 typedef struct {
     const char *values, *values_end; /* row by row, columns ascending; nothing behind the end is read */
     const uint8_t *meta;             /* [m][ceil(n / 8)]: bitmask, or nibbles of 2:4 */
     const int32_t *offsets;          /* [m + 1], SRT_KEEP_BITMASK: first value of a row */
-    int64_t m, n;
-    int kind, dtype; /* SRT_KEEP_BITMASK ..; SRT_BF16, SRT_FP16, SRT_FP32 */
+    const float *scales;             /* [m][ceil(n / group)], SRT_INT8 */
+    int64_t m, n, group;             /* columns that share a scale: all n, or a power of two from 64 to 256 */
+    int kind, dtype;                 /* SRT_KEEP_BITMASK ..; SRT_BF16, SRT_FP16, SRT_FP32, SRT_INT8 */
+    int rounds_x;                    /* SRT_INT8: x may be rounded to bytes, too */
 } srt_weight;
 
+static inline int64_t srt_value_bytes(int dtype) { return dtype == SRT_INT8 ? 1 : srt_number_bytes(dtype); }
 static inline int64_t srt_meta_bytes(const srt_weight *w) { return (w->n + 7) / 8; }
 static inline const char *srt_row_values(const srt_weight *w, int64_t row)
 {
     int64_t first = w->kind == SRT_KEEP_BITMASK ? w->offsets[row] : row * (w->kind == SRT_KEEP_PAIRS ? w->n / 2 : w->n);
-    return w->values + first * srt_number_bytes(w->dtype);
+    return w->values + first * srt_value_bytes(w->dtype);
 }
+static inline const float *srt_row_scales(const srt_weight *w, int64_t row)
+{
+    return w->scales + row * srt_divide_up(w->n, w->group);
+}
+
+/* x rounded to bytes: 128 + round(x / scale), a scale for every 256 columns of a token. So the error of a block is at
+ * most 1/254 of its own largest entry, whatever the other blocks hold. */
+enum { SRT_BYTE_BLOCK = 256, SRT_BYTE_TOKENS = 12, SRT_BYTE_COLUMNS = 2048 };
+typedef struct {
+    const uint8_t *data; /* [tokens][ld], ld a multiple of 64; anything behind column n */
+    const float *scales; /* [tokens][blocks] */
+    int64_t ld, blocks;
+} srt_bytes;
 
 /* One instruction set. */
 typedef struct {
@@ -59,6 +78,15 @@ typedef struct {
     void (*add_lanes)(const float *sums, float *out);
     /* `count` numbers of dtype -> float32. */
     void (*widen)(const void *from, int64_t count, int dtype, float *out);
+
+    /* SRT_INT8 times bytes; NULL, or has_bytes() 0: such weights are expanded to float. */
+    int (*has_bytes)(void);
+    void (*round_x)(const float *x, int64_t n, uint8_t *out, float *scales);
+    /* sums [tokens][16][16 lanes] += columns [at, end) of one row, whose values begin at `values`, times x from token
+     * `first` on, at most SRT_BYTE_TOKENS; `at` is a multiple of 256. A scale of the whole row is left to the caller.
+     * Returns where the values of column `end` begin. */
+    const char *(*byte_row)(const srt_weight *w, int64_t row, const char *values, int64_t at, int64_t end,
+                            const srt_bytes *x, int64_t first, int tokens, float *sums);
 } srt_linear;
 
 extern const srt_linear srt_linear_scalar;

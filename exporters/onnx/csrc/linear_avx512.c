@@ -5,6 +5,12 @@
 
 #if defined(__x86_64__)
 
+/* linear_avx512_bytes.c */
+extern int srt_has_bytes_avx512(void);
+extern void srt_round_x_avx512(const float *, int64_t, uint8_t *, float *);
+extern const char *srt_byte_row_avx512(const srt_weight *, int64_t, const char *, int64_t, int64_t, const srt_bytes *,
+                                       int64_t, int, float *);
+
 /* ---- few tokens: rows are expanded in registers --------------------------------------------------------------- */
 
 /* Several rows share what is read of x, as many as there are registers for sums. One token reads so little of it that
@@ -249,5 +255,8 @@ const srt_linear srt_linear_avx512 = {
     .tile = tile,
     .add_lanes = add_lanes,
     .widen = widen,
+    .has_bytes = srt_has_bytes_avx512,
+    .round_x = srt_round_x_avx512,
+    .byte_row = srt_byte_row_avx512,
 };
 #endif

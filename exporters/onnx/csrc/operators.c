@@ -10,7 +10,9 @@
 #include "linear.h"
 #include "ort_api.h"
 
-enum { MAX_INPUTS = 4, MAX_DIMS = 8, SRT_TEXT = SRT_MESSAGE + 128 };
+enum { MAX_INPUTS = 5, MAX_DIMS = 8, SRT_TEXT = SRT_MESSAGE + 128 };
+/* accuracy_level of BitmaskLinearQ means what it means in ONNX Runtime's MatMulNBits; every other one is float. */
+enum { INT8_ACTIVATIONS = 4 };
 
 typedef struct {
     OrtCustomOp base; /* first: ONNX Runtime hands its address back */
@@ -22,7 +24,7 @@ typedef struct {
 typedef struct {
     const OrtApi *api;
     const operator *op;
-    int64_t in_features;
+    int64_t in_features, group_size, accuracy_level;
     int constant;         /* values and metadata are initializers: they are checked once */
     atomic_int checked;   /* at the first call: the file is not read while the model is loaded */
 } kernel;
@@ -128,6 +130,24 @@ static OrtStatus *rows_of_dense(const kernel *k, const tensor *weight, int64_t *
     return refuse(k, text);
 }
 
+static OrtStatus *scales_of(const kernel *k, const tensor *scales, srt_weight *w)
+{
+    char text[SRT_MESSAGE];
+    w->group = k->group_size ? k->group_size : w->n;
+    w->scales = scales->data, w->rounds_x = k->accuracy_level == INT8_ACTIVATIONS;
+    if (k->group_size != 0 && k->group_size != 64 && k->group_size != 128 && k->group_size != 256) {
+        snprintf(text, sizeof text, "group_size is %lld; allowed are 0 (a scale for each row), 64, 128 and 256",
+                 (long long)k->group_size);
+        return refuse(k, text);
+    }
+    int64_t groups = srt_divide_up(w->n, w->group);
+    if (scales->rank == 2 && scales->dims[0] == w->m && scales->dims[1] == groups)
+        return NULL;
+    snprintf(text, sizeof text, "scales must be [%lld, %lld], it has %zu dimensions and %lld entries", (long long)w->m,
+             (long long)groups, scales->rank, (long long)scales->count);
+    return refuse(k, text);
+}
+
 /* Shapes that fit together; then `w` may be checked by srt_check_weight. */
 static OrtStatus *weight_of(const kernel *k, const tensor in[MAX_INPUTS], srt_weight *w)
 {
@@ -142,14 +162,14 @@ static OrtStatus *weight_of(const kernel *k, const tensor in[MAX_INPUTS], srt_we
     OrtStatus *status = k->op->kind == SRT_KEEP_ALL ? rows_of_dense(k, values, &m) : rows_of_metadata(k, in, &m);
     if (status)
         return status;
-    int dtype = number_of(values->type);
+    int quantized = k->op->inputs == MAX_INPUTS, dtype = quantized ? SRT_INT8 : number_of(values->type);
     if (dtype < 0)
         return refuse(k, "values must be float, float16 or bfloat16");
     *w = (srt_weight){.values = values->data, .m = m, .n = n, .kind = k->op->kind, .dtype = dtype};
-    w->values_end = w->values + values->count * srt_number_bytes(dtype);
+    w->values_end = w->values + values->count * srt_value_bytes(dtype);
     w->meta = k->op->kind == SRT_KEEP_ALL ? NULL : in[2].data;
     w->offsets = k->op->kind == SRT_KEEP_BITMASK ? in[3].data : NULL;
-    return NULL;
+    return quantized ? scales_of(k, in + 4, w) : NULL;
 }
 
 static OrtStatus *check_once(kernel *k, const srt_weight *w, int64_t values)
@@ -223,6 +243,10 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
         return api->CreateStatus(ORT_FAIL, "sparse_rt: no memory for a kernel");
     k->api = api, k->op = (const operator *)op, k->constant = 1;
     OrtStatus *status = api->KernelInfoGetAttribute_int64(info, "in_features", &k->in_features);
+    if (!status && k->op->inputs == MAX_INPUTS)
+        status = api->KernelInfoGetAttribute_int64(info, "group_size", &k->group_size);
+    if (!status && k->op->inputs == MAX_INPUTS)
+        status = api->KernelInfoGetAttribute_int64(info, "accuracy_level", &k->accuracy_level);
     for (size_t i = 1; i < k->op->inputs && !status; i++) {
         const OrtValue *value = NULL;
         int constant = 0;
@@ -251,7 +275,9 @@ static const char *name_of(const OrtCustomOp *op) { return ((const operator *)op
 static const char *on_cpu(const OrtCustomOp *op) { return (void)op, NULL; }
 static int input_type(const OrtCustomOp *op, size_t index)
 {
-    const int types[MAX_INPUTS] = {((const operator *)op)->x_type, ORT_UNDEFINED, ORT_UINT8, ORT_INT32};
+    const operator *of = (const operator *)op;
+    const int values = of->inputs == MAX_INPUTS ? ORT_INT8 : ORT_UNDEFINED;
+    const int types[MAX_INPUTS] = {of->x_type, values, ORT_UINT8, ORT_INT32, ORT_FLOAT};
     return types[index];
 }
 static size_t input_count(const OrtCustomOp *op) { return ((const operator *)op)->inputs; }
@@ -281,6 +307,7 @@ static int any_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 static const operator operators[] = {
     OF_EVERY_TYPE("BitmaskLinear", "mask", SRT_KEEP_BITMASK, 4),
     OF_EVERY_TYPE("Sparse24Linear", "meta", SRT_KEEP_PAIRS, 3),
+    OF_EVERY_TYPE("BitmaskLinearQ", "mask", SRT_KEEP_BITMASK, MAX_INPUTS),
     OF_EVERY_TYPE("DenseLinear", NULL, SRT_KEEP_ALL, 2),
 };
 

@@ -13,7 +13,15 @@
 enum { ORT_API_VERSION = 17 };
 enum { ORT_FAIL = 1, ORT_INVALID_ARGUMENT = 2 };
 /* ONNXTensorElementDataType */
-enum { ORT_UNDEFINED = 0, ORT_FLOAT = 1, ORT_UINT8 = 2, ORT_INT32 = 6, ORT_FLOAT16 = 10, ORT_BFLOAT16 = 16 };
+enum {
+    ORT_UNDEFINED = 0,
+    ORT_FLOAT = 1,
+    ORT_UINT8 = 2,
+    ORT_INT8 = 3,
+    ORT_INT32 = 6,
+    ORT_FLOAT16 = 10,
+    ORT_BFLOAT16 = 16
+};
 
 typedef struct OrtStatus OrtStatus;
 typedef struct OrtSessionOptions OrtSessionOptions;

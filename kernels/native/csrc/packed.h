@@ -50,7 +50,6 @@ typedef struct {
 } srt_packed;
 
 static inline int srt_element_size(int dtype) { return (int)srt_number_bytes(dtype); }
-static inline int64_t srt_divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 static inline int64_t srt_round_up(int64_t a, int64_t b) { return srt_divide_up(a, b) * b; }
 static inline int srt_unit_rows(const srt_packed *w) { return w->layout == SRT_PAIRS ? 64 : SRT_PANEL; }
 static inline const int64_t *srt_offsets(const srt_packed *w) { return (const void *)((const char *)w + w->offsets); }
