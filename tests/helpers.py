@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt import assets
-from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, output_directory
+from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, matches, output_directory
 from sparse_rt.config import FinetuneOptions
 from sparse_rt.formats import get_format, normalize_zeros
 
@@ -118,8 +118,8 @@ def compress_folder(
         for name in dense.tensors:
             tensor = dense.load(name)
             module = name.removesuffix(".weight")
-            head = module == "lm_head" and module not in ignore
-            if not head and not name.endswith(("_proj.weight", *(f"{linear}.weight" for linear in LINEARS))):
+            linear = name.endswith(("_proj.weight", *(f"{module}.weight" for module in LINEARS)))
+            if not (linear or module == "lm_head") or any(matches(module, left) for left in ignore):
                 writer.add(name, tensor)
                 continue
             weight = normalize_zeros(tensor)

@@ -76,6 +76,9 @@ class _Placeholders:
         kind = config.rope_parameters["rope_type"]
         if kind not in _ROPE:
             raise NotImplementedError(f"its rotary embeddings are of type {kind}, known are {', '.join(_ROPE)}.")
+        rotated = int(self.rope_attrs["partial_rotary_factor"] * self.head_size)
+        if rotated % 16:
+            raise NotImplementedError(f"it rotates {rotated} columns of a head, GroupQueryAttention multiples of 16.")
 
     def make_rotary_embedding_caches_from_scratch(self) -> tuple[Tensor, Tensor]:
         # From the model itself: the builder's classes pass over scalings that they do not know.

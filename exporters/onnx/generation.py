@@ -55,7 +55,7 @@ class OnnxModel:
     def step(self, ids: np.ndarray, mask: np.ndarray, past: dict | None = None) -> tuple[np.ndarray, dict]:
         """One run: ids [B, S], mask [B, past + S] (0 = padding) -> logits [B, S, vocabulary] float32, new past.
 
-        With base=genai the first run may have padding, every later one goes on by one token a sequence.
+        With base=genai padding is for the first run, and after it a batch goes on by one token at a time.
         """
         ids, mask = np.ascontiguousarray(ids, np.int64), np.ascontiguousarray(mask, np.int64)
         order = None

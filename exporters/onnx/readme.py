@@ -41,11 +41,29 @@ operators that multiply the compressed weights as they lie in it: nothing is dec
 `which_kernel(session)` tells whether they run. `sparse-rt generate . --engine onnx --prompt TEXT` does both.
 
 """
+_GENAI = """
+`onnxruntime_genai.Model(".")` opens the folder as well. Set `max_length`: keys and values get one buffer of that length
+at once. The shorter prompts of a batch are padded on the right, because attention counts the mask and does not look
+where it is 0; after the prompts a batch goes on by one token at a time.
+"""
+_VERSIONS = {
+    "portable": " (opset 23: version 1.23 or newer; `opset=18` also runs on 1.20)",
+    "genai": " (tested: version 1.32)",
+}
+_JOINED = """
+The graph is that of onnxruntime-genai's model builder. Its attention and norms are operators of ONNX Runtime
+(`GroupQueryAttention`, `SkipSimplifiedLayerNormalization`): no other runtime reads the file, and `onnx.checker` does
+not know them. q, k and v of a layer are one product where they are stored alike; `sparse_rt.rows` of that node names
+the three, first rows first.
+"""
+_TENSORRT = """\
+TensorRT can use 2:4 weights in this form (`--sparsity=enable`); whether it does, its build log says.
+"""
 _FORMS = {
     "function": """\
 The compressed layers are operators of domain `sparse_rt` (`BitmaskLinear`, `Sparse24Linear`). Each is defined in the
 file itself, as a model-local function of standard operators, so an ONNX Runtime that knows opset {opset} runs it
-without an extra library (opset 23: version 1.23 or newer; `opset=18` also runs on 1.20). A runtime that has a kernel of
+without an extra library{versions}. A runtime that has a kernel of
 that name uses the kernel instead of the function.
 """,
     "inline": """\
@@ -54,7 +72,7 @@ reads it with `body=folding`; it cannot read the Scan of `body=streaming`.
 """,
     "dense": """\
 Every layer is an ordinary MatMul and the weights are stored dense, zeros included: the file is as large as the dense
-model. TensorRT can use 2:4 weights in this form (`--sparsity=enable`); whether it does, its build log says.
+model.
 """,
 }
 
@@ -81,13 +99,16 @@ kernel export with `form=dense`.
 
 
 def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fold_bytes: int) -> None:
-    """Write README.md for the export described by ``facts`` (form, body, opset); ``fold_bytes`` is for one weight."""
+    """Write README.md for the export described by ``facts`` (base, form, body, opset); ``fold_bytes`` a weight."""
     weights = checkpoint.weights.values()
     total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
     patterns = ", ".join(sorted({entry.pattern for entry in weights}))
     with_positions = _takes_positions(folder)
     positions = ", `position_ids`" if with_positions else ""
     body, library = "", _LIBRARY if facts["form"] == "function" else ""
+    base, form = facts["base"], _FORMS[facts["form"]].format(opset=facts["opset"], versions=_VERSIONS[facts["base"]])
+    if facts["form"] == "dense" and base == "portable":
+        form += _TENSORRT
     if facts["body"]:
         body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes, peak=_size(total * fold_bytes))
     sizes = "\n".join(f"| `{name}` | {_size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
@@ -109,10 +130,10 @@ sparse-rt from `{checkpoint.folder.name}`.
 {library}Inputs: `input_ids`, `attention_mask`{positions}, `past_key_values.N.key/value`;
 outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
 Activations are float32.
-
+{_GENAI if base == "genai" else ""}
 ## What is inside
 
-{_FORMS[facts["form"]].format(opset=facts["opset"])}{body}
+{form}{body}{_JOINED if base == "genai" else ""}
 Weights have the bits and the dtype of the checkpoint. `metadata_props` of the model (`sparse_rt.*`) hold form, body and
 pattern; a compressed layer is a node named after its module, with its pattern and sparsity.
 """

@@ -61,6 +61,16 @@ class JoinedCheckpoint(Checkpoint):
         pieces = [(*self._parts.load_weight(part, check), self._parts.weights[part].m) for part in parts]
         return get_format(entry.pattern).concat_rows(pieces, entry.n)
 
+    def load_quantized(self, name: str, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        parts, entry = self._groups.get(name), self.weights[name]
+        if parts is None:
+            return self._parts.load_quantized(name, check)
+        found = [self._parts.load_quantized(part, check) for part in parts]
+        rows = [self._parts.weights[part].m for part in parts]
+        pieces = [(q, metadata, m) for (q, _, metadata), m in zip(found, rows, strict=True)]
+        q, metadata = get_format(entry.pattern).concat_rows(pieces, entry.n)
+        return q, torch.cat([scales for _, scales, _ in found]), metadata
+
 
 def note(proto: Any, groups: Groups) -> None:
     """Write ``groups`` into the nodes of ``proto`` (``onnx.ModelProto``) that carry the names of joined modules."""
