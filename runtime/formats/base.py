@@ -114,6 +114,11 @@ class Format(ABC):
     def num_values(self, metadata: Tensor, m: int, n: int) -> int:
         """Number of kept weights that the metadata announces."""
 
+    def group_counts(self, metadata: Tensor, m: int, n: int, size: int) -> Tensor:
+        """How many weights every ``size`` consecutive columns of a row keep: int64 [m, ceil(n / size)]."""
+        mask = torch.nn.functional.pad(self.unpack_mask(metadata, m, n), (0, -n % size))
+        return mask.view(m, -1, size).sum(-1)
+
     def compress(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weight [m, n], bool mask [m, n]) -> (values, metadata); the mask must be legal for the pattern."""
         m, n = weight.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError, UserError
@@ -25,6 +26,13 @@ class BitmaskFormat(Format):
 
     def num_values(self, metadata: Tensor, m: int, n: int) -> int:
         return int(row_counts(metadata).sum())
+
+    def group_counts(self, metadata: Tensor, m: int, n: int, size: int) -> Tensor:
+        if size % 8 and size != n:
+            return super().group_counts(metadata, m, n, size)
+        width = metadata.shape[1] if size == n else size // 8
+        groups = torch.nn.functional.pad(metadata, (0, -metadata.shape[1] % width))
+        return row_counts(groups.view(-1, width)).view(m, -1)
 
     def check_metadata(self, name: str, metadata: Tensor, m: int, n: int) -> None:
         padding = n % 8
