@@ -23,6 +23,9 @@ def report(result: dict[str, Any]) -> None:
             for weight in result["weights"]
         ]
         show(table(result["model"], ["weight", "pattern", "shape", "sparsity>", "bytes>", "of dense>"], rows))
+        if result["values"] != "plain":
+            per = f"{result['group_size']} columns" if result["group_size"] else "row"
+            show(f"values are {result['values']} with a scale per {per}")
         for entry in result["skipped"]:
             show(f"left dense: {entry['name']} ({entry['reason']})")
         show(

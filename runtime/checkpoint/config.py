@@ -5,10 +5,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
-from sparse_rt.errors import FormatError
+from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import INT8, PLAIN, check_group_size
 from sparse_rt.version import __version__
 
 QUANT_METHOD = "sparse_rt"
@@ -46,16 +55,29 @@ class Producer(BaseModel):
 
 
 class SparseConfig(BaseModel):
-    """Version 1. ``ignore`` names modules left dense, ``overrides`` gives single modules another pattern."""
+    """Version 1. ``ignore`` names modules left dense, ``overrides`` gives single modules another pattern.
+
+    ``values`` says how the kept values of all compressed weights are stored: "plain" as they are, "int8" as integers
+    with a scale for every ``group_size`` columns (None: for every row).
+    """
 
     model_config = ConfigDict(extra="forbid")
     quant_method: str = QUANT_METHOD
     format_version: int = FORMAT_VERSION
     pattern: Pattern
-    values: str = "plain"
+    values: str = PLAIN
+    group_size: int | None = None
     ignore: list[str] = Field(default_factory=list)
     overrides: dict[str, Override] = Field(default_factory=dict)
     producer: Producer = Field(default_factory=Producer)
+
+    @field_validator("group_size", mode="before")
+    @classmethod
+    def _group_size(cls, group_size: Any, info: ValidationInfo) -> int | None:
+        check_group_size(group_size)
+        if group_size is not None and info.data.get("values") == PLAIN:
+            raise UserError(f"it is {group_size}, and only values 'int8' have groups; remove it")
+        return group_size
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SparseConfig:
@@ -79,12 +101,20 @@ class SparseConfig(BaseModel):
             where = ".".join(str(part) for part in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to a UserError of ours
             raise FormatError(f"config.json: quantization_config.{where}: {message}") from error
-        if config.values != "plain":
-            raise FormatError(f"config.json: values are stored as {config.values!r}, this build reads 'plain'")
+        if config.values not in (PLAIN, INT8):
+            raise FormatError(
+                f"config.json: values are stored as {config.values!r}, this build reads {PLAIN!r} and {INT8!r}; "
+                "install a newer sparse-rt or convert the model again"
+            )
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        return self.model_dump()
+        """As config.json holds it: ``group_size`` only where values have scales, so that older builds read the rest."""
+        return self.model_dump(exclude=None if self.values == INT8 else {"group_size"})
+
+    def plain(self) -> SparseConfig:
+        """The same weights with their values stored as they are."""
+        return self.model_copy(update={"values": PLAIN, "group_size": None})
 
     def pattern_for(self, name: str) -> str | None:
         """Pattern of the linear weight of module ``name`` (without ".weight"), None when it is left dense."""

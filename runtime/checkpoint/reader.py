@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_rt.checkpoint.config import FORMAT_VERSION, SparseConfig
 from sparse_rt.checkpoint.header import Header, TensorEntry, read_header
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, get_format
+from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, get_format, int8
 
 INDEX_NAME = "sparse_rt.safetensors.index.json"
 MANIFEST_NAME = "sparse_rt.manifest.json"
@@ -24,7 +24,11 @@ _INDEX_NAMES = (INDEX_NAME, "model.safetensors.index.json")
 
 @dataclass(frozen=True)
 class WeightEntry:
-    """One compressed weight: its pattern, dense shape (m, n), number of kept values and value dtype."""
+    """One compressed weight: its pattern, dense shape (m, n), number of kept values and value dtype.
+
+    Where ``values`` is "int8", ``dtype`` is what they are widened to and ``group_size`` the columns of a scale (None:
+    a scale a row).
+    """
 
     pattern: str
     m: int
@@ -32,6 +36,13 @@ class WeightEntry:
     nnz: int
     dtype: torch.dtype
     file: Path
+    values: str = int8.PLAIN
+    group_size: int | None = None
+
+    @property
+    def tensor_names(self) -> tuple[str, ...]:
+        """The stored tensors, without the name of the weight: values, metadata and, of int8 values, scales."""
+        return stored_names(self.pattern, self.values)
 
     @property
     def sparsity(self) -> float:
@@ -40,6 +51,11 @@ class WeightEntry:
     @property
     def dense_bytes(self) -> int:
         return self.m * self.n * self.dtype.itemsize
+
+
+def stored_names(pattern: str, values: str) -> tuple[str, ...]:
+    names = get_format(pattern).tensor_names
+    return (*names, int8.SCALES_NAME) if values == int8.INT8 else names
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -168,14 +184,24 @@ class Checkpoint(ModelFolder):
             fmt = get_format(pattern)
         except UserError as error:
             raise FormatError(f"{file}: weight {name}: {error}") from error
-        for suffix in fmt.tensor_names:
+        config = self.quantization
+        stored = described.get("values", int8.PLAIN), described.get("group_size")
+        if stored != (config.values, config.group_size):
+            raise FormatError(
+                f"{file}: weight {name} has values {stored[0]!r} and group_size {stored[1]!r}, config.json says "
+                f"{config.values!r} and {config.group_size!r}"
+            )
+        for suffix in stored_names(pattern, config.values):
             if f"{name}.{suffix}" not in self.tensors:
                 raise FormatError(f"tensor {name}.{suffix} is missing ({file} announces a {pattern} weight {name})")
         values, metadata = (self.tensors[f"{name}.{suffix}"] for suffix in fmt.tensor_names)
         fmt.check_header(name, values.shape, metadata.shape, m, n)
-        if metadata.dtype != torch.uint8 or values.dtype not in VALUE_DTYPES:
+        dtype = values.dtype
+        if config.values == int8.INT8:
+            dtype = self._widened(file, name, described, (m, n))
+        if metadata.dtype != torch.uint8 or dtype not in VALUE_DTYPES:
             raise FormatError(
-                f"{name}: values are {values.dtype} and metadata {metadata.dtype}; allowed are "
+                f"{name}: values are {dtype} and metadata {metadata.dtype}; allowed are "
                 f"{', '.join(str(d) for d in VALUE_DTYPES)} and torch.uint8"
             )
         expected = self.quantization.pattern_for(name)
@@ -184,7 +210,18 @@ class Checkpoint(ModelFolder):
         nnz = 1
         for size in values.shape:
             nnz *= size
-        return WeightEntry(pattern, m, n, nnz, values.dtype, values.file)
+        return WeightEntry(pattern, m, n, nnz, dtype, values.file, config.values, config.group_size)
+
+    def _widened(self, file: str, name: str, described: dict[str, Any], shape: tuple[int, int]) -> torch.dtype:
+        """The dtype that the int8 values of weight ``name`` are widened to; ``FormatError`` where a header is wrong."""
+        values, scales = (self.tensors[f"{name}.{suffix}"] for suffix in (VALUES_NAME, int8.SCALES_NAME))
+        int8.check_header(name, (values.dtype, scales.dtype), scales.shape, *shape, self.quantization.group_size)
+        dtype = described.get("dtype")
+        if not isinstance(dtype, str) or dtype not in int8.DTYPE_NAMES:
+            raise FormatError(
+                f"{file}: int8 weight {name} has dtype {dtype!r}; allowed are {', '.join(int8.DTYPE_NAMES)}"
+            )
+        return int8.DTYPE_NAMES[dtype]
 
     def _check_completeness(self) -> None:
         known = self.compressed_tensors()
@@ -192,6 +229,10 @@ class Checkpoint(ModelFolder):
             prefix, _, suffix = tensor.rpartition(".")
             if tensor not in known and suffix in (VALUES_NAME, "weight_meta", "weight_bitmask"):
                 raise FormatError(f"extra tensor {tensor}: no shard header announces a compressed weight {prefix}")
+            # Elsewhere the name of scales may be one of the model's own.
+            quantized = self.quantization.values == int8.INT8
+            if suffix == int8.SCALES_NAME and tensor not in known and (quantized or prefix in self.weights):
+                raise FormatError(f"extra tensor {tensor}: {prefix} is no weight with int8 values")
             if suffix == "weight" and prefix in self.weights:
                 raise FormatError(f"extra tensor {tensor}: the weight {prefix} is stored compressed as well")
         if not self.weights:
@@ -200,19 +241,44 @@ class Checkpoint(ModelFolder):
             )
 
     def compressed_tensors(self) -> set[str]:
-        """Names of the values and metadata tensors of all compressed weights."""
-        return {f"{name}.{part}" for name, w in self.weights.items() for part in get_format(w.pattern).tensor_names}
+        """Names of the values, metadata and scales of all compressed weights."""
+        return {f"{name}.{part}" for name, weight in self.weights.items() for part in weight.tensor_names}
+
+    def stored_bytes(self, name: str) -> int:
+        """What the tensors of one compressed weight take."""
+        return sum(self.tensors[f"{name}.{part}"].nbytes for part in self.weights[name].tensor_names)
 
     def load_weight(self, name: str, check: bool = True) -> tuple[Tensor, Tensor]:
-        """(values, metadata) of one compressed weight; ``check`` tests popcount, nibbles, padding and finiteness."""
+        """(values, metadata) of one compressed weight; ``check`` tests popcount, nibbles, padding and finiteness.
+
+        int8 values are widened to the dtype of the entry.
+        """
+        entry = self._weight(name)
+        fmt, shape = get_format(entry.pattern), (entry.m, entry.n)
+        if entry.values == int8.INT8:
+            q, scales, metadata = self.load_quantized(name, check=False)
+            weight = fmt, q, scales, metadata, *shape, entry.group_size, entry.dtype
+            return int8.widen(name, *weight) if check else int8.dequantize(*weight), metadata
+        values, metadata = (self.load(f"{name}.{suffix}") for suffix in entry.tensor_names)
+        if check:
+            fmt.check_data(name, values, metadata, *shape)
+        return values, metadata
+
+    def load_quantized(self, name: str, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """(q int8, scales float32 [m, g], metadata) of one weight with int8 values, checked as ``load_weight`` does."""
+        entry = self._weight(name)
+        if entry.values != int8.INT8:
+            raise UserError(f"weight {name} of {self.folder} has {entry.values} values; load_weight reads them")
+        q, metadata, scales = (self.load(f"{name}.{suffix}") for suffix in entry.tensor_names)
+        if check:
+            fmt = get_format(entry.pattern)
+            int8.check_data(name, fmt, q, scales, metadata, entry.m, entry.n, entry.group_size)
+        return q, scales, metadata
+
+    def _weight(self, name: str) -> WeightEntry:
         if name not in self.weights:
             raise UserError(f"{name} is not a compressed weight of {self.folder}")
-        entry = self.weights[name]
-        fmt = get_format(entry.pattern)
-        values, metadata = (self.load(f"{name}.{suffix}") for suffix in fmt.tensor_names)
-        if check:
-            fmt.check_data(name, values, metadata, entry.m, entry.n)
-        return values, metadata
+        return self.weights[name]
 
     def dense_tensors(self) -> list[str]:
         """Names of the tensors stored as they were (embeddings, norms, biases, ignored weights)."""

@@ -23,6 +23,7 @@ from sparse_rt.checkpoint.output import fsync
 from sparse_rt.checkpoint.reader import INDEX_NAME, MANIFEST_NAME
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import INT8, SCALES_NAME
 
 JOURNAL_NAME = "progress.json"
 
@@ -109,12 +110,36 @@ class CheckpointWriter:
         self._make_room(tensor.nbytes)
         self._take(name, tensor)
 
-    def add_weight(self, name: str, pattern: str, m: int, n: int, values: Tensor, metadata: Tensor) -> None:
-        """Store a compressed weight; values and metadata share a shard."""
-        self._make_room(values.nbytes + metadata.nbytes)
-        for suffix, tensor in zip(get_format(pattern).tensor_names, (values, metadata), strict=True):
+    def add_weight(
+        self,
+        name: str,
+        pattern: str,
+        m: int,
+        n: int,
+        values: Tensor,
+        metadata: Tensor,
+        scales: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Store a compressed weight; its tensors share a shard.
+
+        ``scales`` [m, g] and the ``dtype`` to widen to belong to int8 values, which ``sparse`` must announce.
+        """
+        quantized = self.sparse is not None and self.sparse.values == INT8
+        if quantized != (scales is not None and dtype is not None):
+            raise UserError(
+                f"weight {name}: values 'int8' of the config and scales with a dtype come together, or neither of them"
+            )
+        tensors = dict(zip(get_format(pattern).tensor_names, (values, metadata), strict=True))
+        described: dict[str, Any] = {"pattern": pattern, "shape": [m, n]}
+        if quantized:
+            tensors[SCALES_NAME] = scales
+            dtype_name = str(dtype).removeprefix("torch.")
+            described |= {"values": INT8, "group_size": self.sparse.group_size, "dtype": dtype_name}
+        self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
+        for suffix, tensor in tensors.items():
             self._take(f"{name}.{suffix}", tensor)
-        self._pending_weights[name] = {"pattern": pattern, "shape": [m, n], "nnz": values.numel()}
+        self._pending_weights[name] = {**described, "nnz": values.numel()}
 
     def _take(self, name: str, tensor: Tensor) -> None:
         if name in self._pending or any(name in shard.tensors for shard in self._shards):
@@ -134,7 +159,7 @@ class CheckpointWriter:
         shard.tensors = {name: tensor_digest(tensor) for name, tensor in self._pending.items()}
         shard.bytes = self._pending_bytes
         temporary = self.folder / (shard.file + ".tmp")
-        described = {name: {k: w[k] for k in ("pattern", "shape")} for name, w in shard.weights.items()}
+        described = {name: {k: v for k, v in w.items() if k != "nnz"} for name, w in shard.weights.items()}
         save_file(self._pending, temporary, metadata=sparse_header(described) if self.sparse else {"format": "pt"})
         _sort_header(temporary)
         fsync(temporary)

@@ -10,7 +10,6 @@ from sparse_rt.checkpoint import Checkpoint, is_sparse_checkpoint, output_direct
 from sparse_rt.config import ExportOptions
 from sparse_rt.conversion.files import refuse_same_folder
 from sparse_rt.errors import CheckFailed, UserError
-from sparse_rt.formats import get_format
 from sparse_rt.progress import Progress
 
 # What holds weights in an export; tokenizer, configuration and README do not count for compression.
@@ -67,11 +66,7 @@ def export(options: ExportOptions, progress: Progress = Progress()) -> dict[str,
 
 def _sizes(checkpoint: Checkpoint, written: int) -> dict[str, Any]:
     """Weight bytes of the source, of the same model stored dense, and as written; compression is dense / written."""
-    saved = sum(
-        entry.dense_bytes
-        - sum(checkpoint.tensors[f"{name}.{part}"].nbytes for part in get_format(entry.pattern).tensor_names)
-        for name, entry in checkpoint.weights.items()
-    )
+    saved = sum(entry.dense_bytes - checkpoint.stored_bytes(name) for name, entry in checkpoint.weights.items())
     dense = checkpoint.total_bytes + saved
     return {
         "source_bytes": checkpoint.total_bytes,

@@ -14,7 +14,6 @@ from sparse_rt.conversion import Source, open_source, read_structure
 from sparse_rt.conversion import structure as kinds
 from sparse_rt.conversion.plan import MAX_DENSITY
 from sparse_rt.errors import UserError
-from sparse_rt.formats import get_format
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
 
@@ -45,14 +44,14 @@ def inspect_sparse(checkpoint: Checkpoint) -> dict[str, Any]:
     manifest = read_json(manifest_path) if manifest_path.is_file() else {}
     weights = []
     for name, entry in checkpoint.weights.items():
-        parts = (checkpoint.tensors[f"{name}.{suffix}"] for suffix in get_format(entry.pattern).tensor_names)
-        stored = sum(part.nbytes for part in parts)
+        stored = checkpoint.stored_bytes(name)
         weights.append(
             {
                 "name": name,
                 "pattern": entry.pattern,
                 "shape": [entry.m, entry.n],
                 "dtype": str(entry.dtype).removeprefix("torch."),
+                "values": entry.values,
                 "sparsity": round(entry.sparsity, 6),
                 "bytes": stored,
                 "dense_bytes": entry.dense_bytes,
@@ -67,6 +66,8 @@ def inspect_sparse(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "kind": "sparse-rt",
         "pattern": checkpoint.quantization.pattern,
+        "values": checkpoint.quantization.values,
+        "group_size": checkpoint.quantization.group_size,
         "producer": str(checkpoint.quantization.producer),
         "source": manifest.get("source"),
         "options": manifest.get("options"),

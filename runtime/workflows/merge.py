@@ -23,6 +23,7 @@ from sparse_rt.config import MergeOptions, parse_size
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import PLAIN
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
 
@@ -33,6 +34,8 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, 
     """Write ``options.model`` with ``options.adapter`` folded into its values, under the same metadata.
 
     An adapter that moves the mask (SEFT) brings metadata of its own, which keep as many of every weight.
+
+    The merged values are stored plain, those of an int8 base too: `export --to int8` quantizes them again.
 
     One weight and one shard in memory, except for the comparison of logits, which loads base and merged model one
     after the other. Raises ``UserError`` / ``FormatError`` for an adapter that is damaged or belongs to another model,
@@ -52,6 +55,11 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, 
         refuse_same_folder(folder, output)
     adapter.check(checkpoint)
     notes = _check_base(options, checkpoint, adapter)
+    if checkpoint.quantization.values != PLAIN:
+        notes.append(
+            f"the base has {checkpoint.quantization.values} values, the merged model has plain ones; `sparse-rt export "
+            f"--to {checkpoint.quantization.values}` quantizes them again"
+        )
     for note in notes:
         progress.note(note)
     with output_directory(output, options.overwrite) as partial:
@@ -99,7 +107,7 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
     if dtype is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = options.dtype
-    writer = CheckpointWriter(partial, config, checkpoint.quantization, parse_size(options.max_shard_size))
+    writer = CheckpointWriter(partial, config, checkpoint.quantization.plain(), parse_size(options.max_shard_size))
     changed = total = moved = added = 0
     for name, entry in progress.track(checkpoint.weights.items(), "merging", len(checkpoint.weights)):
         values, metadata, different, elsewhere = _merged(checkpoint, adapter, name, dtype)

@@ -12,7 +12,7 @@ from sparse_rt.config import VerifyOptions
 from sparse_rt.conversion.compare import SparseSide, compare, open_side
 from sparse_rt.conversion.structure import Structure, read_structure
 from sparse_rt.errors import CheckFailed, FormatError, UserError
-from sparse_rt.formats import check_finite, get_format
+from sparse_rt.formats import check_finite, get_format, int8
 from sparse_rt.progress import Progress
 
 # A model card is meant to be edited; every other file of the manifest is not.
@@ -129,8 +129,12 @@ def check_tensors(checkpoint: Checkpoint, manifest: dict[str, Any] | None, progr
 
     for name, weight in progress.track(checkpoint.weights.items(), "checking weights", total=len(checkpoint.weights)):
         fmt = get_format(weight.pattern)
-        values, metadata = (load(f"{name}.{suffix}") for suffix in fmt.tensor_names)
-        fmt.check_data(name, values, metadata, weight.m, weight.n)
+        values, metadata, *scales = (load(f"{name}.{suffix}") for suffix in weight.tensor_names)
+        if scales:
+            shape = weight.m, weight.n, weight.group_size
+            int8.widen(name, fmt, values, *scales, metadata, *shape, weight.dtype)
+        else:
+            fmt.check_data(name, values, metadata, weight.m, weight.n)
     for name in checkpoint.dense_tensors():
         tensor = load(name)
         if name.endswith((".weight", ".bias")):
