@@ -10,6 +10,7 @@ third-level cache when its turn comes; columns take turns (timing.py) and times 
     dense        MatMul on float32 weights, as large models are served without quantization
     int8, int4   MatMulNBits of ONNX Runtime (blocks of 32, int8 activations), where asked for: not lossless
     sparse       BitmaskLinear or Sparse24Linear, activations float32
+    sparse int8  BitmaskLinearQ, a scale for each row, int8 activations: not lossless either
 
 Before a column of ours is timed its result is compared with float64. One JSON row per column but ``dense``; in ``ms``
 and ``ratio``: p10, median and p90 over the turns, ``ratio`` is dense / this within a turn; ``limit``: of the bytes.
@@ -30,19 +31,20 @@ from timing import ratio, spread, take_turns
 
 from sparse_rt.benchmarking.machine import commit, cpu_name
 from sparse_rt.exporters.onnx import engine, functions, library
-from sparse_rt.formats import get_format
+from sparse_rt.formats import get_format, int8
 from sparse_rt.formats.packing import row_offsets
 from sparse_rt.optional import require
 
 CELLS = [
     (pattern, sparsity, values)
-    for values in ("fp32", "bf16")
+    for values in ("fp32", "bf16", "int8")
     for pattern, sparsity in (("unstructured", 0.5), ("unstructured", 0.75), ("2:4", 0.5))
 ]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.float32}
+TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.int8: TensorProto.INT8}
 ROTATED_BYTES = 144 << 20
-MAX_ERROR = 1e-5
+# Of the largest entry of the product. int8: against the weights before they are rounded, with exact activations.
+MAX_ERROR = {"fp32": 1e-5, "bf16": 1e-5, "int8": 2e-2}
 MIN_TURNS, MAX_TURNS = 7, 400
 
 
@@ -63,6 +65,15 @@ def sparse_layer(weight: torch.Tensor, pattern: str, mask: torch.Tensor) -> tupl
         offsets = row_offsets(metadata)
         parts = [values.flatten(), metadata, offsets]
     return functions.operator_of(pattern), functions.DOMAIN, {"in_features": weight.shape[1]}, parts
+
+
+def int8_layer(weight: torch.Tensor, mask: torch.Tensor) -> tuple[str, str, dict, list[torch.Tensor]]:
+    """Every pattern is given by a bitmask here."""
+    fmt, (m, n) = get_format("unstructured"), weight.shape
+    values, metadata = fmt.compress(weight, mask)
+    values, scales = int8.quantize(fmt, values, metadata, m, n)
+    attributes = {"in_features": n, "group_size": 0, "accuracy_level": 4}
+    return functions.QUANTIZED, functions.DOMAIN, attributes, [values, metadata, row_offsets(metadata), scales]
 
 
 def bits_layer(weight: torch.Tensor, bits: int) -> tuple[str, str, dict, list[torch.Tensor]]:
@@ -116,17 +127,18 @@ def measure(shape: tuple[int, int], tokens: int, threads: int, seconds: float, b
     for pattern, sparsity, values in CELLS:
         mask = pruned(shape, pattern, sparsity)
         kept = (weight * mask).to(DTYPES[values])
-        column = Column(sparse_layer(kept, pattern, mask), shape, threads)
+        layer = int8_layer(kept, mask) if values == "int8" else sparse_layer(kept, pattern, mask)
+        column = Column(layer, shape, threads)
         expected = x.double() @ kept.double().T
         error = (torch.from_numpy(column.run(x.numpy())) - expected).abs().max() / expected.abs().max()
-        if error > MAX_ERROR:
+        if error > MAX_ERROR[values]:
             raise click.ClickException(f"{pattern} {sparsity} {values}, {tokens} tokens: {error:.2g} off")
         columns[f"{pattern} {sparsity:g} {values}"] = column
     calls = {name: (lambda turn, column=column: column.run(x.numpy())) for name, column in columns.items()}
     samples = take_turns(
         calls, seconds=seconds * len(calls), min_turns=MIN_TURNS, max_turns=MAX_TURNS, one_thread=threads == 1
     )
-    layer = {name: [s / columns[name].copies for s in samples.wall[name]] for name in columns}
+    each = {name: [s / columns[name].copies for s in samples.wall[name]] for name in columns}
     shared = {
         "benchmark": "onnx_kernels",
         "shape": list(shape),
@@ -139,14 +151,14 @@ def measure(shape: tuple[int, int], tokens: int, threads: int, seconds: float, b
         "date": time.strftime("%Y-%m-%d"),
         "commit": commit(),
         "processor": cpu_name(),
-        "dense_ms": spread(layer["dense"], 1e3),
+        "dense_ms": spread(each["dense"], 1e3),
     }
     for name in columns:
         if name != "dense":
             yield shared | {
                 "cell": name,
-                "ms": spread(layer[name], 1e3),
-                "ratio": ratio(layer["dense"], layer[name]),
+                "ms": spread(each[name], 1e3),
+                "ratio": ratio(each["dense"], each[name]),
                 "limit": round(columns["dense"].bytes / columns[name].bytes, 3),
             }
 

@@ -46,24 +46,33 @@ TARGET void srt_round_x_avx512(const float *x, int64_t n, uint8_t *out, float *s
     }
 }
 
-/* The next 64 columns of a row; moves *from. */
-INLINE __m512i next_bytes(const char **from, const char *end, uint64_t mask)
+/* The next 64 columns of a row; moves *from. `inside`: 64 bytes may be read there. */
+INLINE __m512i next_bytes(const char **from, const char *end, uint64_t mask, int inside)
 {
     int64_t left = end - *from;
-    __m512i packed = left >= 64 ? _mm512_loadu_si512(*from) : _mm512_maskz_loadu_epi8(srt_low_bits(left), *from);
+    __m512i packed = inside || left >= 64 ? _mm512_loadu_si512(*from)
+                                          : _mm512_maskz_loadu_epi8(srt_low_bits(left), *from);
     _mm_prefetch(*from + 2048, _MM_HINT_T0);
     *from += popcount(mask);
     return expand_bytes(mask, packed);
 }
 
+/* dots [tokens] += 64 columns times the bytes of x at `bytes`; offset += 128 times their sum. */
+INLINE_VNNI void add_columns(__m512i weights, const uint8_t *bytes, int64_t ld, int tokens, __m512i *dots,
+                             __m512i *offset)
+{
+    *offset = _mm512_dpbusd_epi32(*offset, _mm512_set1_epi8((char)128), weights);
+#pragma GCC unroll 12
+    for (int t = 0; t < tokens; t++)
+        dots[t] = _mm512_dpbusd_epi32(dots[t], _mm512_loadu_si512(bytes + t * ld), weights);
+}
+
 INLINE_VNNI const char *row_of(const srt_weight *w, int64_t row, const char *from, int64_t at, int64_t end,
-                               const srt_bytes *x, int64_t first, int tokens, float *sums)
+                               const srt_bytes *x, int64_t first, int tokens, int64_t step, float *sums)
 {
     const uint8_t *meta = w->meta + row * srt_meta_bytes(w), *bytes = x->data + first * x->ld;
     const float *of_x = x->scales + first * x->blocks, *of_w = srt_row_scales(w, row);
     const int grouped = w->group != w->n;
-    const int64_t step = grouped ? w->group : SRT_BYTE_BLOCK;
-    const __m512i zero_point = _mm512_set1_epi8((char)128);
     __m512 lanes[SRT_BYTE_TOKENS];
 #pragma GCC unroll 12
     for (int t = 0; t < tokens; t++)
@@ -73,12 +82,15 @@ INLINE_VNNI const char *row_of(const srt_weight *w, int64_t row, const char *fro
 #pragma GCC unroll 12
         for (int t = 0; t < tokens; t++)
             dots[t] = _mm512_setzero_si512();
-        for (int64_t c = block; c < srt_min(block + step, end); c += 64) {
-            __m512i weights = next_bytes(&from, w->values_end, srt_mask_word(meta, c, w->n));
-            offset = _mm512_dpbusd_epi32(offset, zero_point, weights);
-#pragma GCC unroll 12
-            for (int t = 0; t < tokens; t++)
-                dots[t] = _mm512_dpbusd_epi32(dots[t], _mm512_loadu_si512(bytes + t * x->ld + c), weights);
+        if (block + step <= w->n && w->values_end - from >= step + 64) {
+#pragma GCC unroll 4
+            for (int64_t c = block; c < block + step; c += 64)
+                add_columns(next_bytes(&from, NULL, srt_load_bytes(meta + c / 8, 8), 1), bytes + c, x->ld, tokens,
+                            dots, &offset);
+        } else {
+            for (int64_t c = block; c < srt_min(block + step, end); c += 64)
+                add_columns(next_bytes(&from, w->values_end, srt_mask_word(meta, c, w->n), 0), bytes + c, x->ld,
+                            tokens, dots, &offset);
         }
         const __m512 scale = _mm512_set1_ps(grouped ? of_w[block / step] : 1.0f);
 #pragma GCC unroll 12
@@ -95,7 +107,18 @@ INLINE_VNNI const char *row_of(const srt_weight *w, int64_t row, const char *fro
     return from;
 }
 
-#define OF_TOKENS(T) case T: return row_of(w, row, values, at, end, x, first, T, sums)
+/* Columns between two conversions to float: one scale of x and one of the weight holds for them. */
+INLINE_VNNI const char *row_in_steps(const srt_weight *w, int64_t row, const char *from, int64_t at, int64_t end,
+                                     const srt_bytes *x, int64_t first, int tokens, float *sums)
+{
+    if (w->group == 64 && w->n != 64)
+        return row_of(w, row, from, at, end, x, first, tokens, 64, sums);
+    if (w->group == 128 && w->n != 128)
+        return row_of(w, row, from, at, end, x, first, tokens, 128, sums);
+    return row_of(w, row, from, at, end, x, first, tokens, SRT_BYTE_BLOCK, sums);
+}
+
+#define OF_TOKENS(T) case T: return row_in_steps(w, row, values, at, end, x, first, T, sums)
 WITH_VNNI const char *srt_byte_row_avx512(const srt_weight *w, int64_t row, const char *values, int64_t at,
                                           int64_t end, const srt_bytes *x, int64_t first, int tokens, float *sums)
 {
@@ -111,7 +134,7 @@ WITH_VNNI const char *srt_byte_row_avx512(const srt_weight *w, int64_t row, cons
         OF_TOKENS(9);
         OF_TOKENS(10);
         OF_TOKENS(11);
-    default: return row_of(w, row, values, at, end, x, first, SRT_BYTE_TOKENS, sums);
+    default: return row_in_steps(w, row, values, at, end, x, first, SRT_BYTE_TOKENS, sums);
     }
 }
 
