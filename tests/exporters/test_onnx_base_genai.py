@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -20,6 +21,7 @@ from sparse_rt.exporters.onnx import library
 from sparse_rt.exporters.onnx.check import check_weights
 from sparse_rt.exporters.onnx.exporter import OnnxOptions
 from sparse_rt.exporters.onnx.generation import OnnxModel
+from sparse_rt.exporters.onnx.rows import can_join
 from sparse_rt.hf.load import load
 from sparse_rt.workflows.export import export
 
@@ -269,3 +271,25 @@ def test_program_of_the_readme_runs_without_sparse_rt(llama):
     program += "\nimport sys\nassert 'sparse_rt' not in sys.modules\n"
     done = subprocess.run([sys.executable, "-c", program], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "onnxruntime" not in done.stderr, done.stderr
+
+
+def test_heads_of_which_a_part_is_rotated(tmp_path):
+    partial = {"partial_rotary_factor": 0.5, "num_hidden_layers": 1}
+    source = compressed(tmp_path, "phi3", hidden_size=128, **partial)
+    assert_agrees(exported(source, tmp_path / "onnx")["check"])
+    narrow = compressed(tmp_path / "narrow", "phi3", **partial)
+    with pytest.raises(UserError, match="rotates 8 columns of a head, GroupQueryAttention multiples of 16. Use base="):
+        exported(narrow, tmp_path / "narrow" / "onnx")
+
+
+def test_only_weights_that_are_stored_alike_are_joined():
+    entry = SimpleNamespace(pattern="2:4", m=8, n=16, dtype=torch.bfloat16)
+    others = {
+        "bitmask": SimpleNamespace(pattern="unstructured", m=8, n=16, dtype=torch.bfloat16),
+        "wide": SimpleNamespace(pattern="2:4", m=8, n=16, dtype=torch.float32),
+    }
+    dense = {"dense.weight": SimpleNamespace(shape=(8, 16), dtype=torch.bfloat16)}
+    checkpoint = SimpleNamespace(weights={"a": entry, "b": entry, **others}, tensors=dense)
+    assert can_join(checkpoint, ["a", "b"], limit=257) and not can_join(checkpoint, ["a", "b"], limit=256)
+    for other in ("bitmask", "wide", "dense", "missing"):
+        assert not can_join(checkpoint, ["a", other], limit=1000), other
