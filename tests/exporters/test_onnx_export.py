@@ -53,7 +53,7 @@ def external(output):
 
 def assert_agrees(result):
     check = result["check"]
-    assert check["greedy_equal"] == 24
+    assert check["greedy_equal"] == check["greedy_tokens"] == 64
     for name in ("prefill", "decode", "padded_batch"):
         assert 0 < check[f"{name}_max_difference"] < 1e-5 * max(1.0, check["logit_scale"]), name
 
@@ -70,12 +70,21 @@ def test_llama_agrees_with_torch(llama):
 def test_the_same_holds_for_the_operators_of_the_library(llama):
     _, output, result = llama
     check = result["check"]
-    assert check["kernel"].startswith("native (") and check["native_greedy_equal"] == 24
+    assert check["kernel"].startswith("native (") and check["native_greedy_equal"] == 64
     for name in ("prefill", "decode", "padded_batch"):
         assert 0 < check[f"native_{name}_max_difference"] < 1e-5 * max(1.0, check["logit_scale"]), name
     assert OnnxModel(output, kernel="native").kernel == check["kernel"]
     assert OnnxModel(output, kernel="body").kernel == "body"
     assert which_kernel(session(output, threads=1)) == check["kernel"]
+
+
+def test_the_check_generates_no_more_than_the_model_has_positions(tmp_path):
+    dense = helpers.tiny_model(tmp_path / "dense", "opt", num_hidden_layers=1, max_position_embeddings=32)
+    source = helpers.compress_folder(dense, tmp_path / "sparse", "2:4")
+    (tmp_path / "onnx").mkdir()
+    OnnxExporter().export(source, tmp_path / "onnx")
+    figures = OnnxExporter().check(source, tmp_path / "onnx")
+    assert figures["greedy_equal"] == figures["greedy_tokens"] == 32 - 17
 
 
 def test_generate_from_an_exported_folder(llama):
