@@ -14,13 +14,12 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from sparse_rt.checkpoint import Checkpoint, WeightEntry
+from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.onnx import functions
+from sparse_rt.exporters.onnx import functions, operands
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
 from sparse_rt.formats import get_format
-from sparse_rt.formats.packing import row_offsets
 
 DATA_NAME = "model.onnx.data"
 # ONNX Runtime maps the data file into memory, page by page.
@@ -33,6 +32,7 @@ _TYPES = {
     torch.bfloat16: TensorProto.BFLOAT16,
     torch.float16: TensorProto.FLOAT16,
     torch.uint8: TensorProto.UINT8,
+    torch.int8: TensorProto.INT8,
     torch.int32: TensorProto.INT32,
 }
 
@@ -46,9 +46,17 @@ def checkpoint_key(name: str, known: Iterable[str], prefix: str) -> str | None:
 class Assembler:
     """Builds the final model of ``form`` ("function" or "dense") in ``folder``."""
 
-    def __init__(self, folder: Path, proto: onnx.ModelProto, checkpoint: Checkpoint, prefix: str, form: str):
+    def __init__(
+        self,
+        folder: Path,
+        proto: onnx.ModelProto,
+        checkpoint: Checkpoint,
+        prefix: str,
+        form: str,
+        quantization: operands.Quantization | None = None,
+    ):
         self.path, self.proto, self.checkpoint = folder / MODEL_NAME, proto, checkpoint
-        self.prefix, self.form = prefix, form
+        self.prefix, self.form, self.quantization = prefix, form, quantization or operands.Quantization()
         self.data_path = folder / DATA_NAME
         self._stored: set[str] = set()
         self._casts: list[onnx.NodeProto] = []
@@ -94,25 +102,15 @@ class Assembler:
     def _sparse(self, name: str, weight: Weight, x: str, y: str) -> onnx.NodeProto:
         key = self._weight_key(weight.owner)
         entry = self.checkpoint.weights[key]
-        operator = functions.operator_of(entry.pattern)
-        parts = [f"{weight.owner}.{part}" for part in get_format(entry.pattern).tensor_names]
-        if operator == "BitmaskLinear":
-            parts.append(f"{weight.owner}.row_offsets")
+        operator, attributes, names = operands.operator(entry, self.quantization)
+        parts = [f"{weight.owner}.{part}" for part in names]
         if parts[0] not in self._stored:
-            for part, tensor in zip(parts, self._sparse_tensors(key, entry), strict=True):
+            for part, tensor in zip(parts, operands.tensors(self.checkpoint, key, self.quantization), strict=True):
                 self._store(part, tensor)
-        node = helper.make_node(operator, [x, *parts], [y], name=name, domain=functions.DOMAIN, in_features=entry.n)
+        node = helper.make_node(operator, [x, *parts], [y], name=name, domain=functions.DOMAIN, **attributes)
         for prop, value in (("pattern", entry.pattern), ("sparsity", f"{entry.sparsity:.6f}")):
             node.metadata_props.add(key=f"{functions.DOMAIN}.{prop}", value=value)
         return node
-
-    def _sparse_tensors(self, key: str, entry: WeightEntry) -> tuple[Tensor, ...]:
-        values, metadata = self.checkpoint.load_weight(key)
-        if entry.pattern == "2:4":
-            return values, metadata
-        offsets = row_offsets(metadata)
-        # A weight without a single kept value still needs something to look up.
-        return values.flatten() if values.numel() else values.new_zeros(1), metadata, offsets
 
     def _dense(self, weight: Weight) -> tuple[str, torch.dtype]:
         """Name and stored dtype of a dense weight, stored once however many layers share it."""

@@ -39,9 +39,26 @@ class OnnxOptions(Options):
     )
     fold_budget: str | int = Field("4GB", description="largest memory peak of folding at load that auto accepts")
     opset: int = Field(23, ge=18, le=23, description="ONNX operator set")
+    values: Literal["keep", "int8"] = Field(
+        "keep", description="int8: round the kept values to int8 with scales (keep: as the checkpoint has them)"
+    )
+    group_size: Literal[64, 128, 256] | None = Field(
+        None, description="columns that share a scale with values=int8; null: all of a row"
+    )
+    activations: Literal["int8", "float32"] = Field(
+        "int8", description="what our operators multiply int8 values with: int8 is faster, float32 exact"
+    )
     genai: bool = Field(
         False, description="files for onnxruntime-genai: its configuration, and the operators compiled for this machine"
     )
+
+    @model_validator(mode="after")
+    def _int8(self):
+        if self.values == "int8" and self.form == "dense":
+            raise ValueError("values=int8 is for form=function and form=inline; form=dense has no place for scales")
+        if self.group_size is not None and self.values != "int8":
+            raise ValueError("group_size is for values=int8")
+        return self
 
     @model_validator(mode="after")
     def _genai(self):
@@ -74,6 +91,7 @@ class OnnxExporter(Exporter):
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
         from sparse_rt.exporters.onnx.engine import MODEL_NAME
+        from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
         from sparse_rt.exporters.onnx.trace import take_weights, trace
@@ -89,7 +107,8 @@ class OnnxExporter(Exporter):
             proto, joined = trace(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
         stored = JoinedCheckpoint(checkpoint, joined)
-        proto = Assembler(output, proto, stored, model.base_model_prefix, form).build(weights)
+        how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
+        proto = Assembler(output, proto, stored, model.base_model_prefix, form, how).build(weights)
         note(proto, joined)
         opset = next(entry.version for entry in proto.opset_import if not entry.domain)
         facts = {"base": chosen.base, "form": chosen.form, "body": body, "opset": opset}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.checkpoint import Checkpoint, WeightEntry
 from sparse_rt.exporters.onnx.functions import DOMAIN
 from sparse_rt.formats import get_format
 
@@ -24,12 +24,13 @@ Groups = dict[str, tuple[str, ...]]
 
 
 def can_join(checkpoint: Checkpoint, modules: Iterable[str], limit: int) -> bool:
-    """Whether ``modules`` (names of the checkpoint) share one operator: pattern and dtype alike, below ``limit``."""
+    """Whether ``modules`` (names of the checkpoint) share one operator: stored alike, below ``limit`` together."""
     entries = [checkpoint.weights.get(name) or checkpoint.tensors.get(f"{name}.weight") for name in modules]
     if None in entries:
         return False
     shapes = [entry.shape if hasattr(entry, "shape") else (entry.m, entry.n) for entry in entries]
-    kinds = {(getattr(entry, "pattern", None), entry.dtype) for entry in entries}
+    alike = ("pattern", "dtype", "values", "group_size")
+    kinds = {tuple(getattr(entry, name, None) for name in alike) for entry in entries}
     return len(kinds) == 1 and sum(m * n for m, n in shapes) < limit
 
 
@@ -49,6 +50,10 @@ class JoinedCheckpoint(Checkpoint):
                 found = [self.tensors.pop(f"{part}.weight") for part in parts]
                 shape = (sum(entry.shape[0] for entry in found), found[0].shape[1])
                 self.tensors[f"{name}.weight"] = dataclasses.replace(found[0], shape=shape)
+
+    def original(self, name: str) -> WeightEntry:
+        """A compressed weight of the checkpoint before anything was joined."""
+        return self._parts.weights[name]
 
     def load(self, name: str) -> Tensor:
         parts = self._groups.get(name.removesuffix(".weight"))

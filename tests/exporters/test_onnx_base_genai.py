@@ -18,10 +18,10 @@ from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.config import ExportOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import library
-from sparse_rt.exporters.onnx.check import check_weights
 from sparse_rt.exporters.onnx.exporter import OnnxOptions
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.rows import can_join
+from sparse_rt.exporters.onnx.stored import StoredWeights
 from sparse_rt.hf.load import load
 from sparse_rt.workflows.export import export
 
@@ -260,7 +260,7 @@ def test_damage_to_a_joined_weight_is_found(llama, tmp_path):
         file.seek(offset)
         file.write(b"\x01\x02")
     with pytest.raises(CheckFailed, match="layers.1.self_attn.qkv_proj: 1 of 8192 weights"):
-        check_weights(Checkpoint.open(source), tmp_path / "damaged" / "model.onnx")
+        StoredWeights(Checkpoint.open(source), tmp_path / "damaged" / "model.onnx").check()
 
 
 def test_program_of_the_readme_runs_without_sparse_rt(llama):

@@ -19,7 +19,12 @@ from onnx_models import (
     session,
 )
 
+import helpers
+from sparse_rt.config import ExportOptions
+from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import functions
+from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions
+from sparse_rt.workflows.export import export
 
 PATTERNS = ("int8", "int8 64", "int8 128", "int8 256")
 # One column, less than a group, whole groups and a rest, more than one block of 256 and of 2048 columns, one panel.
@@ -166,3 +171,72 @@ def test_nothing_behind_the_values_is_read(tmp_path, tokens):
     x = torch.randn(tokens, n)
     (y,) = native(str(tmp_path / "model.onnx")).run(None, {"x": x.numpy()})
     assert relative_error(y, rounded(x) @ quantized_weight(tensors, m, n, None).T) <= 1e-5
+
+
+# ---- whole models ---------------------------------------------------------------------------------------------------
+
+
+def exported(folder, family, pattern, **options):
+    """The ONNX folder of a one-layer model and what its check found."""
+    dense = helpers.tiny_model(folder / "dense", family, num_hidden_layers=1)
+    source = helpers.compress_folder(dense, folder / "sparse", pattern)
+    given = {"model": str(source), "output_dir": folder / "onnx", "to": "onnx", "check": True, "options": options}
+    return folder / "onnx", export(ExportOptions.build(**given))
+
+
+@pytest.mark.parametrize(
+    ("family", "pattern", "options"),
+    [
+        ("llama", "unstructured", {"group_size": 64}),
+        ("llama", "2:4", {"activations": "float32"}),
+        ("qwen2", "4:8", {"body": "streaming", "group_size": 128}),
+        ("llama", "unstructured", {"form": "inline", "group_size": 64}),
+        ("qwen3", "2:4", {"base": "genai"}),
+    ],
+)
+def test_models_are_rounded_on_the_way(tmp_path, family, pattern, options):
+    output, result = exported(tmp_path, family, pattern, values="int8", **options)
+    check = result["check"]
+    assert check["weights_equal"] == 7 and check["greedy_equal"] == check["greedy_tokens"] == 64
+    assert 0 < check["int8_values_change_logits_by"] < 0.1
+    assert check["prefill_max_difference"] < 1e-5 * max(1.0, check["logit_scale"])
+    if options.get("form") != "inline":
+        exact = options.get("activations") == "float32"
+        assert check["native_tolerance"] == (1e-4 if exact else 0.1)
+        assert check["native_prefill_max_difference"] < (1e-5 if exact else 0.1) * max(1.0, check["logit_scale"])
+    proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
+    kinds = {entry.data_type for entry in proto.graph.initializer if entry.name.endswith(".weight_values")}
+    assert kinds == {onnx.TensorProto.INT8}
+
+
+def test_check_sees_a_wrong_int8_value_and_a_wrong_scale(tmp_path):
+    output, _ = exported(tmp_path, "llama", "unstructured", values="int8")
+    data = output / "model.onnx.data"
+    whole = data.read_bytes()
+    for part, place in (("weight_values", 0), ("weight_scale", 2)):
+        proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
+        tensor = next(t for t in proto.graph.initializer if t.name == f"model.layers.0.mlp.up_proj.{part}")
+        if tensor.external_data:
+            start = int(next(entry.value for entry in tensor.external_data if entry.key == "offset"))
+            data.write_bytes(whole[: start + place] + bytes([whole[start + place] ^ 4]) + whole[start + place + 1 :])
+        else:
+            raw = bytearray(tensor.raw_data)
+            raw[place] ^= 64
+            tensor.raw_data = bytes(raw)
+            (output / "model.onnx").write_bytes(proto.SerializeToString())
+        with pytest.raises(CheckFailed, match=r"weight model.layers.0.mlp.up_proj: \d+ of .* differ"):
+            OnnxExporter().check(tmp_path / "sparse", output)
+        data.write_bytes(whole)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"values": "int8", "form": "dense"}, "values=int8 is for form=function and form=inline"),
+        ({"group_size": 64}, "group_size is for values=int8"),
+        ({"values": "int8", "group_size": 32}, "group_size: Input should be 64, 128 or 256"),
+    ],
+)
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(UserError, match=message):
+        OnnxOptions.build(**options)
