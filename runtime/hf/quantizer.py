@@ -6,6 +6,7 @@ model.safetensors", because the shards of a converted model carry names of their
 
 from __future__ import annotations
 
+from collections.abc import Set
 from pathlib import Path
 
 import torch
@@ -18,11 +19,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparse_rt.checkpoint import INDEX_NAME, QUANT_METHOD, Checkpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.errors import FormatError
+from sparse_rt.formats.int8 import INT8
+from sparse_rt.hf.widen import Widening
 from sparse_rt.nn import SparseLinear, sparse_linears
 
 
 class SparseRTConfig(QuantizationConfigMixin):
-    """``quantization_config`` as transformers sees it; the checked model behind it is ``SparseConfig``."""
+    """``quantization_config`` as transformers sees it; the checked model behind it is ``SparseConfig``.
+
+    ``sparse`` describes the folder that is read; what is written is a model in memory, whose values are plain.
+    """
 
     def __init__(self, **fields):
         fields.pop("dequantize", None)
@@ -30,7 +36,7 @@ class SparseRTConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD
 
     def to_dict(self) -> dict:
-        return self.sparse.to_dict()
+        return self.sparse.plain().to_dict()
 
     def to_diff_dict(self) -> dict:
         return self.to_dict()
@@ -43,6 +49,7 @@ class SparseRTQuantizer(HfQuantizer):
     """Loads, saves and dequantizes sparse-rt models; compressing a dense model is ``sparse-rt convert``."""
 
     requires_calibration = True
+    widening: Widening | None = None  # of a folder with int8 values, while it is read
 
     def update_attn_implementation(self, config):
         # The only hook that sees the config before the weight files are resolved. Folders written by save_pretrained
@@ -56,12 +63,20 @@ class SparseRTQuantizer(HfQuantizer):
         if not checkpoint_files:
             raise FormatError("a sparse-rt model is loaded from safetensors files; none were found")
         headers = [read_header(file) for file in checkpoint_files]
-        config = {"quantization_config": self.quantization_config.to_dict()}
+        config = {"quantization_config": self.quantization_config.sparse.to_dict()}
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, headers, config)
-        swap_modules(model, checkpoint)
+        swapped = swap_modules(model, checkpoint)
+        if checkpoint.quantization.values == INT8:
+            self.widening = Widening({name: (key, checkpoint.weights[key]) for name, key in swapped.items()})
         return model
 
+    def get_weight_conversions(self):
+        return [] if self.widening is None else self.widening.conversions()
+
     def _process_model_after_weight_loading(self, model, **kwargs):
+        if self.widening is not None:
+            self.widening.finish(model)
+            self.widening = None
         # The loader wraps every floating tensor as a trainable parameter, whatever the module declared.
         for name, module in sparse_linears(model):
             module.weight_values.requires_grad_(False)
@@ -96,14 +111,15 @@ class SparseRTQuantizer(HfQuantizer):
         return True
 
 
-def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
+def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Replace every ``nn.Linear`` whose weight is compressed in ``checkpoint`` by an empty ``SparseLinear``.
 
-    Raises ``FormatError`` when the checkpoint has a weight the model lacks, or lacks one that its config announces.
+    Returns the name that each replaced module has in the checkpoint. Raises ``FormatError`` when the checkpoint has a
+    weight the model lacks, or lacks one that its config announces.
     """
     prefix = getattr(model, "base_model_prefix", "")
     modules = dict(model.named_modules())
-    swapped = set()
+    swapped: dict[str, str] = {}
     for key, entry in checkpoint.weights.items():
         name = next((c for c in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}") if c in modules), None)
         if name is None and ".experts." in key:
@@ -123,11 +139,12 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
         if linear.bias is not None:
             empty.bias = linear.bias
         model.set_submodule(name, empty)
-        swapped.add(name)
-    _check_missing(modules, swapped, checkpoint)
+        swapped[name] = key
+    _check_missing(modules, swapped.keys(), checkpoint)
+    return swapped
 
 
-def _check_missing(modules: dict[str, nn.Module], swapped: set[str], checkpoint: Checkpoint) -> None:
+def _check_missing(modules: dict[str, nn.Module], swapped: Set[str], checkpoint: Checkpoint) -> None:
     for name, module in modules.items():
         pattern = checkpoint.quantization.pattern_for(name)
         if type(module) is not nn.Linear or name in swapped or pattern is None:
