@@ -15,6 +15,7 @@ EXPORTERS: Registry[type[Exporter]] = Registry(
         "sparse_rt.exporters.vllm.exporter",
         "sparse_rt.exporters.dense",
         "sparse_rt.exporters.compressed_tensors",
+        "sparse_rt.exporters.int8",
     ),
 )
 

@@ -70,6 +70,16 @@ def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
+def derived_card(source: Path, body: str, config: SparseConfig) -> str:
+    """Markdown ``body`` with a metadata block; licence and language are those of the sparse-rt folder ``source``."""
+    from huggingface_hub import ModelCardData
+
+    inherited = _inherited(source)
+    inherited.setdefault("pipeline_tag", "text-generation")
+    tags = ["sparse-rt", "sparsity", f"pattern:{config.pattern}", f"values:{config.values}"]
+    return f"---\n{ModelCardData(tags=tags, library_name='transformers', **inherited).to_yaml()}\n---\n\n{body}"
+
+
 def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
     options, source = facts["options"], facts["source"]
     revision = f" at {source['revision']}" if source["revision"] else ""

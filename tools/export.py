@@ -20,5 +20,5 @@ command = workflow_command(
     ExportOptions,
     "sparse_rt.workflows.export:export",
     report,
-    "Write MODEL for a serving engine: --to vllm, onnx, dense or compressed-tensors; --check proves it there.",
+    "Write MODEL for a serving engine: --to vllm, onnx, dense, int8 or compressed-tensors; --check proves it there.",
 )

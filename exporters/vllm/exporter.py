@@ -93,15 +93,18 @@ class VLLMExporter(Exporter):
         return result
 
 
-def reference_model(folder: Path):
-    """The model in transformers; with the same weights dense where it cannot hold them compressed (experts)."""
+def reference_model(folder: Path, **options: Any):
+    """The model in transformers; with the same weights dense where it cannot hold them compressed (experts).
+
+    ``options`` go to ``from_pretrained``.
+    """
     from sparse_rt.hf.load import load
 
     if not any(EXPERTS in name.split(".") for name in Checkpoint.open(folder).weights):
-        return load(folder)
+        return load(folder, **options)
     with tempfile.TemporaryDirectory(prefix="sparse-rt-dense-") as dense:
         DenseExporter().export(Path(folder), Path(dense))
-        return load(dense)
+        return load(dense, **options)
 
 
 def _place(source: Path, target: Path) -> int:

@@ -12,7 +12,7 @@ from sparse_rt.exporters.base import EXPORTERS, Exporter
 from sparse_rt.progress import Progress
 from sparse_rt.workflows.export import export
 
-NAMES = ("compressed-tensors", "dense", "onnx", "vllm")
+NAMES = ("compressed-tensors", "dense", "int8", "onnx", "vllm")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ print([name for name in ("onnx", "onnxruntime", "onnxscript", "vllm", "transform
 
 
 def test_an_unknown_exporter_is_refused_with_the_known_ones(source, tmp_path):
-    with pytest.raises(UserError, match=r"Unknown exporter 'gguf'; known are compressed-tensors, dense, onnx, vllm"):
+    with pytest.raises(UserError, match=r"Unknown exporter 'gguf'; known are compressed-tensors, dense, int8, onnx, vllm"):
         run(source, tmp_path / "out", to="gguf")
 
 
@@ -68,7 +68,7 @@ def test_an_export_over_its_own_source_is_refused(source):
     assert sorted(file.name for file in source.iterdir()) == before
 
 
-@pytest.mark.parametrize("name", ["dense", "compressed-tensors", "vllm"])
+@pytest.mark.parametrize("name", ["dense", "int8", "compressed-tensors", "vllm"])
 def test_exports_never_touch_the_source_or_an_occupied_folder(name, source, tmp_path):
     before = {file.name: file.read_bytes() for file in source.iterdir()}
     result = run(source, tmp_path / "out", to=name)
