@@ -214,7 +214,10 @@ def notes_on(pair: Pair, options: BenchOptions) -> list[str]:
     if "onnx" in options.engine and pair.given:
         notes.append("onnx compares with the dense ONNX form of the same model, not with the given baseline")
     if "onnx" in options.engine and options.quantized:
-        notes.append("int8 and int4 MatMulNBits are the dense ONNX form, quantized by ONNX Runtime: not lossless")
+        notes.append(
+            "models named int8 and int4 round their weights: they are not lossless; MatMulNBits is what ONNX Runtime's "
+            "quantizer makes of the dense form"
+        )
     return notes
 
 
