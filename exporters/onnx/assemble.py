@@ -6,7 +6,6 @@ memory at a time. Activations are float32, so a dense bfloat16 weight of the for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
@@ -18,8 +17,8 @@ from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import functions, operands
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
-from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
-from sparse_rt.formats import get_format
+from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Weight, checkpoint_key
+from sparse_rt.formats import VALUE_DTYPES, get_format
 
 DATA_NAME = "model.onnx.data"
 # ONNX Runtime maps the data file into memory, page by page.
@@ -35,12 +34,6 @@ _TYPES = {
     torch.int8: TensorProto.INT8,
     torch.int32: TensorProto.INT32,
 }
-
-
-def checkpoint_key(name: str, known: Iterable[str], prefix: str) -> str | None:
-    """What the checkpoint calls module or tensor ``name``: with or without the base model's prefix."""
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((candidate for candidate in candidates if candidate in known), None)
 
 
 class Assembler:
@@ -89,7 +82,7 @@ class Assembler:
             return [self._sparse(name, weight, x, y)]
         source, dtype = self._dense(weight)
         if self.form == "function":
-            attributes = {"domain": functions.DOMAIN, "in_features": weight.dense.shape[1]}
+            attributes = {"domain": functions.DOMAIN, "in_features": weight.columns}
             return [helper.make_node(functions.DENSE, [x, source], [y], name=name, **attributes)]
         wide, turned = source, f"{name}.weight_t"
         nodes = []
@@ -122,10 +115,15 @@ class Assembler:
                 fmt = get_format(entry.pattern)
                 self._store(name, fmt.decompress(*self.checkpoint.load_weight(key), entry.m, entry.n))
             return name, entry.dtype
-        narrow = self._narrow(name, weight.dense)
+        key = checkpoint_key(name, self.checkpoint.tensors, self.prefix)
+        if key is None:
+            raise UserError(f"the checkpoint has no tensor {name}; this architecture cannot be exported to ONNX")
+        dtype = self.checkpoint.tensors[key].dtype
+        if dtype not in VALUE_DTYPES:
+            raise UserError(f"{key} is {dtype}; the ONNX export takes {', '.join(map(str, VALUE_DTYPES))}")
         if name not in self._stored:
-            self._store(name, narrow)
-        return name, narrow.dtype
+            self._store(name, self.checkpoint.load(key))
+        return name, dtype
 
     def _weight_key(self, module: str) -> str:
         key = checkpoint_key(module, self.checkpoint.weights, self.prefix)

@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.onnx.assemble import checkpoint_key
 from sparse_rt.exporters.onnx.functions import DOMAIN, VERSION
 from sparse_rt.exporters.onnx.rows import Groups, can_join
-from sparse_rt.exporters.onnx.trace import PLACEHOLDER, Weight
+from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Weight, checkpoint_key
 from sparse_rt.optional import require
 
 # model_type of transformers -> class of the builder.
@@ -143,13 +142,13 @@ def _split(parent: nn.Module, name: str, sizes: dict[str, int]) -> None:
 
 
 def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, limit: int) -> tuple[Any, Groups]:
-    """The graph (``onnx.ModelProto``) of ``model`` after ``take_weights``, and the modules it joined in one product.
+    """The graph (``onnx.ModelProto``) of a skeleton, and the modules it joined in one product.
 
     Inputs, outputs and activations are those of ``trace``, without position_ids. ``weights`` gets the joined modules
-    (below ``limit`` entries each) and an embedding that ``take_weights`` left in its place.
+    (below ``limit`` entries each) and an embedding that the skeleton left in its place.
     Raises ``UserError`` for a model that the builder does not build.
     """
-    embedding = _take_embedding(model, weights)
+    embedding = _take_embedding(model, weights, checkpoint)
     for name in weights:
         _give_shape(model.get_submodule(name))
     keys = {name: _key(name, checkpoint, model.base_model_prefix) for name in weights}
@@ -174,14 +173,15 @@ def _give_shape(module: nn.Module) -> None:
         module.weight = torch.empty(module.num_embeddings, module.embedding_dim, device="meta")
 
 
-def _take_embedding(model: nn.Module, weights: dict[str, Weight]) -> str:
+def _take_embedding(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint) -> str:
     """The name of the input embedding; one of a class of its own (Gemma's multiplies) becomes a weight like others."""
     module = model.get_input_embeddings()
     name = next(name for name, other in model.named_modules() if other is module)
     if name not in weights:
-        dense = module.weight.detach()
-        shared = (w.owner for w in weights.values() if w.dense is not None and w.dense.data_ptr() == dense.data_ptr())
-        weights[name] = Weight(next(shared, name), "embedding", dense)
+        stored = checkpoint_key(f"{name}.weight", checkpoint.tensors, model.base_model_prefix)
+        head = next(other for other, layer in model.named_modules() if layer is model.get_output_embeddings())
+        owner = name if stored else weights[head].owner  # tied, and stored under the name of the head
+        weights[name] = Weight(owner, "embedding", module.embedding_dim)
     # The builder knows an embedding by its class, or by this attribute.
     object.__setattr__(model, "embedding", module)
     return name
@@ -201,7 +201,6 @@ def _new_builder(config: Any, architecture: str) -> Any:
             f"{', '.join(missing)}); base=genai was made for 0.18, base=portable needs none"
         )
     config = copy.deepcopy(config)
-    del config.quantization_config
     config.architectures = [architecture]
     if getattr(config, "layer_types", None) is None and getattr(config, "sliding_window", None) is not None:
         # Mistral and Phi-3 name no layers: all of them look no further back than the window.
@@ -224,9 +223,7 @@ def _new_builder(config: Any, architecture: str) -> Any:
 
 
 def _joined(name: str, parts: list[Weight]) -> Weight:
-    if parts[0].kind == "sparse":
-        return Weight(name, "sparse")
-    return Weight(name, "linear", torch.cat([part.dense for part in parts]))
+    return Weight(name, parts[0].kind, parts[0].columns)
 
 
 def _key(module: str, checkpoint: Checkpoint, prefix: str) -> str | None:

@@ -94,13 +94,12 @@ class OnnxExporter(Exporter):
         from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
-        from sparse_rt.exporters.onnx.trace import take_weights, trace
+        from sparse_rt.exporters.onnx.skeleton import open_skeleton
+        from sparse_rt.exporters.onnx.trace import trace
 
         if chosen.genai:
             genai.check_type(read_json(source / "config.json"))
-        model = _load(source)
-        weights = take_weights(model)
-        _check_coverage(checkpoint, weights)
+        model, weights = open_skeleton(checkpoint)
         if chosen.base == "genai":
             proto, joined = builder.build(model, weights, checkpoint, MAX_FOLDED_WEIGHTS)
         else:
@@ -153,24 +152,6 @@ def choose_body(checkpoint: Checkpoint, options: OnnxOptions) -> str | None:
     total = sum(entry.m * entry.n for entry in checkpoint.weights.values())
     fits = total * FOLD_BYTES_PER_WEIGHT <= parse_size(options.fold_budget) and size < MAX_FOLDED_WEIGHTS
     return "folding" if fits else "streaming"
-
-
-def _load(source: Path):
-    import torch
-
-    from sparse_rt.hf.load import load
-
-    # float32: buffers such as rotary frequencies are computed in the dtype of the model.
-    return load(source, dtype=torch.float32)
-
-
-def _check_coverage(checkpoint: Checkpoint, weights: dict) -> None:
-    found = sum(weight.kind == "sparse" for weight in weights.values())
-    if found != len(checkpoint.weights):
-        raise UserError(
-            f"the checkpoint has {len(checkpoint.weights)} compressed weights, the model loads {found} of them as "
-            "linear layers; this architecture cannot be exported to ONNX"
-        )
 
 
 def _finish(proto: Any, checkpoint: Checkpoint, facts: dict[str, Any]) -> Any:

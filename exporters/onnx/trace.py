@@ -1,10 +1,4 @@
-"""A model becomes an ONNX graph without its weights: those are attached afterwards, straight from the checkpoint.
-
-Every linear and embedding layer is replaced by a module that owns no weight and traces to one placeholder node
-``sparse_rt.Weight(x) <module = name>``. Tracing ``torch.ops.sparse_rt.linear`` with a translation table works too, but
-then every weight travels through torch.export and the graph optimizer as a float32 tensor: the optimizer transposes
-dense weights into unnamed copies, stores tied ones twice and merges equal ones.
-"""
+"""A skeleton becomes a graph of standard operators and placeholders, through torch.onnx."""
 
 from __future__ import annotations
 
@@ -13,74 +7,14 @@ import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_rt.errors import SparseRTError, UserError
-from sparse_rt.nn import SparseLinear
 
-PLACEHOLDER = "Weight"
 _MODEL = "model"  # attribute of the wrapper; prefix of every name in the traced graph
-
-
-@dataclass(frozen=True)
-class Weight:
-    """The weight of one layer: ``owner`` is the first module that has it (tied layers share), ``dense`` its tensor."""
-
-    owner: str
-    kind: Literal["sparse", "linear", "embedding"]
-    dense: Tensor | None = None
-
-
-class _Linear(nn.Module):
-    def __init__(self, name: str, linear: nn.Linear):
-        super().__init__()
-        self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
-        self.bias = linear.bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = _placeholder(x, self.name, (*x.shape[:-1], self.out_features))
-        return y if self.bias is None else y + self.bias
-
-
-class _Embedding(nn.Module):
-    def __init__(self, name: str, embedding: nn.Embedding):
-        super().__init__()
-        self.name, self.num_embeddings, self.embedding_dim = name, embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx = embedding.padding_idx
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _placeholder(input, self.name, (*input.shape, self.embedding_dim))
-
-
-def _placeholder(x: Tensor, name: str, shape: tuple) -> Tensor:
-    return torch.onnx.ops.symbolic(
-        f"sparse_rt::{PLACEHOLDER}", [x], {"module": name}, dtype=torch.float32, shape=shape, version=1
-    )
-
-
-def take_weights(model: nn.Module) -> dict[str, Weight]:
-    """Replace the linear and embedding layers of ``model`` by placeholders; returns their weights by module name.
-
-    Compressed weights are let go (the checkpoint has them); subclasses of the torch layers stay as they are, because
-    their forward does more, and their weights become ordinary initializers.
-    """
-    weights: dict[str, Weight] = {}
-    owners: dict[int, str] = {}
-    for name, module in list(model.named_modules()):
-        if isinstance(module, SparseLinear):
-            weights[name] = Weight(name, "sparse")
-            model.set_submodule(name, _Linear(name, module))
-        elif type(module) in (nn.Linear, nn.Embedding):
-            dense = module.weight.detach()
-            owner = owners.setdefault(dense.data_ptr(), name)
-            kind = "linear" if type(module) is nn.Linear else "embedding"
-            weights[name] = Weight(owner, kind, dense)
-            model.set_submodule(name, (_Linear if kind == "linear" else _Embedding)(name, module))
-    return weights
 
 
 class _KVCacheModel(nn.Module):

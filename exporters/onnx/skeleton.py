@@ -1,0 +1,157 @@
+"""A model without its weights: those are attached to its graph afterwards, straight from the checkpoint.
+
+It is built on the meta device, so no weight of a linear or embedding layer is ever in memory; buffers and the small
+parameters (norms, biases) are real. Every linear and embedding layer is replaced by a module that owns no weight and
+traces to one placeholder node ``sparse_rt.Weight(x) <module = name>``. Tracing ``torch.ops.sparse_rt.linear`` with a
+translation table works too, but then every weight travels through torch.export and the graph optimizer as a float32
+tensor: the optimizer transposes dense weights into unnamed copies, stores tied ones twice and merges equal ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.errors import UserError
+from sparse_rt.optional import require
+
+PLACEHOLDER = "Weight"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """The weight of one layer: ``owner`` is the module that the checkpoint has it under (tied layers share one)."""
+
+    owner: str
+    kind: Literal["sparse", "linear", "embedding"]
+    columns: int
+
+
+class _Linear(nn.Module):
+    def __init__(self, name: str, linear: nn.Linear):
+        super().__init__()
+        self.name, self.in_features, self.out_features = name, linear.in_features, linear.out_features
+        self.bias = linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _placeholder(x, self.name, (*x.shape[:-1], self.out_features))
+        return y if self.bias is None else y + self.bias
+
+
+class _Embedding(nn.Module):
+    def __init__(self, name: str, embedding: nn.Embedding):
+        super().__init__()
+        self.name, self.num_embeddings, self.embedding_dim = name, embedding.num_embeddings, embedding.embedding_dim
+        self.padding_idx = embedding.padding_idx
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _placeholder(input, self.name, (*input.shape, self.embedding_dim))
+
+
+def _placeholder(x: Tensor, name: str, shape: tuple) -> Tensor:
+    return torch.onnx.ops.symbolic(
+        f"sparse_rt::{PLACEHOLDER}", [x], {"module": name}, dtype=torch.float32, shape=shape, version=1
+    )
+
+
+def checkpoint_key(name: str, known: Iterable[str], prefix: str) -> str | None:
+    """What the checkpoint calls module or tensor ``name``: with or without the base model's prefix."""
+    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
+    return next((candidate for candidate in candidates if candidate in known), None)
+
+
+def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight]]:
+    """The model of ``checkpoint`` with placeholders, in eval mode and float32, and the weights they stand for by name.
+
+    Raises ``UserError`` where transformers has no such causal language model, or the checkpoint lacks a tensor of it.
+    """
+    model = _empty_model(checkpoint)
+    weights = _take_weights(model, checkpoint)
+    _check_coverage(checkpoint, weights)
+    _fill(model, checkpoint)
+    return model, weights
+
+
+def _empty_model(checkpoint: Checkpoint) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    accelerate = require("accelerate", extra="onnx")
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        del config.quantization_config
+        # float32: buffers such as rotary frequencies are computed in the dtype of the model.
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
+        raise UserError(
+            f"transformers cannot build the causal language model of {checkpoint.folder} "
+            f"({str(error).splitlines()[0]}); the export works on models that AutoModelForCausalLM loads"
+        ) from error
+    model.tie_weights()
+    return model.eval()
+
+
+def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]:
+    """Replace linear and embedding layers by placeholders.
+
+    Subclasses of the torch layers stay as they are, because their forward does more; their weights become ordinary
+    initializers.
+    """
+    prefix = model.base_model_prefix
+    weights: dict[str, Weight] = {}
+    owners: dict[int, str] = {}
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    for name, module in layers:  # a tied weight lies in the checkpoint under one of its names
+        if checkpoint_key(f"{name}.weight", checkpoint.tensors, prefix):
+            owners.setdefault(id(module.weight), name)
+    for name, module in layers:
+        if type(module) not in (nn.Linear, nn.Embedding):
+            continue
+        is_linear = type(module) is nn.Linear
+        if is_linear and checkpoint_key(name, checkpoint.weights, prefix):
+            weights[name] = Weight(name, "sparse", module.in_features)
+        else:
+            owner = owners.get(id(module.weight), name)
+            weights[name] = Weight(owner, "linear" if is_linear else "embedding", module.weight.shape[1])
+        model.set_submodule(name, _Linear(name, module) if is_linear else _Embedding(name, module))
+    return weights
+
+
+def _check_coverage(checkpoint: Checkpoint, weights: dict[str, Weight]) -> None:
+    found = sum(weight.kind == "sparse" for weight in weights.values())
+    if found != len(checkpoint.weights):
+        raise UserError(
+            f"the checkpoint has {len(checkpoint.weights)} compressed weights, the model has {found} of them as "
+            "linear layers; this architecture cannot be exported to ONNX"
+        )
+
+
+def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Load every parameter that is left, and the buffers that the checkpoint has."""
+    for module_name, module in model.named_modules():
+        for own, parameter in list(module._parameters.items()):
+            if parameter is None or not parameter.is_meta:
+                continue
+            name = f"{module_name}.{own}" if module_name else own
+            key = checkpoint_key(name, checkpoint.tensors, model.base_model_prefix)
+            if key is None:
+                raise UserError(
+                    f"parameter {name} of {type(model).__name__} is not in the checkpoint under that name; this "
+                    "architecture cannot be exported to ONNX"
+                )
+            loaded = nn.Parameter(checkpoint.load(key).float(), requires_grad=False)
+            if loaded.shape != parameter.shape:
+                raise UserError(
+                    f"{key} has shape {tuple(loaded.shape)}, {type(model).__name__} needs {tuple(parameter.shape)}"
+                )
+            module._parameters[own] = loaded
+        for own, buffer in module._buffers.items():
+            name = f"{module_name}.{own}" if module_name else own
+            key = checkpoint_key(name, checkpoint.tensors, model.base_model_prefix)
+            if buffer is not None and key is not None:
+                buffer.copy_(checkpoint.load(key))
