@@ -1,6 +1,7 @@
 """How a weight lies in the folder that is served, and how a rank's piece of it becomes values and metadata.
 
     CANONICAL   values and metadata of a sparse-rt folder, in the pattern that is served
+    Int8        the same with int8 values and their scales, widened while they are loaded
     BITMASK     values and bitmask of a compressed-tensors folder (sparse-bitmask, sparse-24-bitmask)
     DENSE       an ordinary weight with zeros in it, compressed while it is loaded
 
@@ -10,16 +11,18 @@ Nothing here knows vLLM.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError
 from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, Format, check_finite, get_format, normalize_zeros
+from sparse_rt.formats.int8 import SCALES_NAME, widen
 
 BITMASK_NAME, DENSE_NAME, UNSTRUCTURED, TWO_FOUR = "weight_bitmask", "weight", "unstructured", "2:4"
 # Every name under which a tensor of a weight may come.
-TENSOR_NAMES = (VALUES_NAME, "weight_meta", BITMASK_NAME, DENSE_NAME)
+TENSOR_NAMES = (VALUES_NAME, "weight_meta", BITMASK_NAME, SCALES_NAME, DENSE_NAME)
 # A dense weight that obeys 2:4 is served as 2:4 when it fills so much of the two places a group; one that is sparser
 # takes less memory with a bitmask.
 FILLED_24 = 0.8
@@ -43,8 +46,11 @@ class Encoding(ABC):
         """The tensors that make up one weight, without the name of the module."""
 
     @abstractmethod
-    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int) -> Opened:
-        """Check ``tensors`` against a weight ``name`` (m, n); ``FormatError`` names the one that does not fit."""
+    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int, dtype: torch.dtype) -> Opened:
+        """Check ``tensors`` against a weight ``name`` (m, n); ``FormatError`` names the one that does not fit.
+
+        ``dtype`` is that of the layer, for values that have none of their own.
+        """
 
 
 class _Compressed(Opened):
@@ -66,11 +72,31 @@ class _Canonical(Encoding):
     def tensor_names(self, pattern: str) -> tuple[str, ...]:
         return get_format(pattern).tensor_names
 
-    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int) -> Opened:
+    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int, dtype: torch.dtype) -> Opened:
         fmt, (values, metadata) = get_format(pattern), tensors.values()
         _check_dtypes(name, values, metadata)
         fmt.check_header(name, values.shape, metadata.shape, m, n)
         fmt.check_data(name, values, metadata, m, n)
+        return _Compressed(fmt, values, metadata, m, n)
+
+
+@dataclass(frozen=True)
+class Int8(Encoding):
+    """``dtype`` is what the header says that values are widened to; None where headers are not at hand."""
+
+    group_size: int | None
+    dtype: torch.dtype | None = None
+    name = "sparse-rt int8"
+
+    def tensor_names(self, pattern: str) -> tuple[str, ...]:
+        return (*get_format(pattern).tensor_names, SCALES_NAME)
+
+    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int, dtype: torch.dtype) -> Opened:
+        fmt, (q, metadata, scales) = get_format(pattern), tensors.values()
+        if metadata.dtype != torch.uint8:
+            raise FormatError(f"{name}.{fmt.metadata_name} is {metadata.dtype}, metadata are torch.uint8")
+        fmt.check_header(name, q.shape, metadata.shape, m, n)
+        values = widen(name, fmt, q, scales, metadata, m, n, self.group_size, self.dtype or dtype)
         return _Compressed(fmt, values, metadata, m, n)
 
 
@@ -82,7 +108,7 @@ class _Bitmask(Encoding):
     def tensor_names(self, pattern: str) -> tuple[str, ...]:
         return VALUES_NAME, BITMASK_NAME
 
-    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int) -> Opened:
+    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int, dtype: torch.dtype) -> Opened:
         values, bits = tensors.values()
         _check_dtypes(name, values, bits)
         stored, values = get_format(UNSTRUCTURED), values.flatten()
@@ -104,7 +130,7 @@ class _Dense(Encoding):
     def tensor_names(self, pattern: str) -> tuple[str, ...]:
         return (DENSE_NAME,)
 
-    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int) -> Opened:
+    def open(self, name: str, pattern: str, tensors: dict[str, Tensor], m: int, n: int, dtype: torch.dtype) -> Opened:
         (weight,) = tensors.values()
         if weight.dtype not in VALUE_DTYPES or tuple(weight.shape) != (m, n):
             raise FormatError(

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sparse_rt.checkpoint import (
     QUANT_METHOD,
     Checkpoint,
@@ -25,9 +27,10 @@ from sparse_rt.checkpoint import (
 )
 from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
 from sparse_rt.exporters.vllm import parallel
-from sparse_rt.exporters.vllm.encodings import BITMASK, BITMASK_NAME, CANONICAL, DENSE, TWO_FOUR, UNSTRUCTURED
+from sparse_rt.exporters.vllm.encodings import BITMASK, BITMASK_NAME, CANONICAL, DENSE, TWO_FOUR, UNSTRUCTURED, Int8
 from sparse_rt.exporters.vllm.loading import StoredWeight
 from sparse_rt.formats import VALUES_NAME, get_format
+from sparse_rt.formats.int8 import INT8
 
 # Sparsity of dummy weights when no header says it.
 DEFAULT_SPARSITY = 0.5
@@ -77,15 +80,17 @@ class SparseFolder(ServedFolder):
     def __init__(self, sparse: SparseConfig):
         super().__init__()
         self.sparse = sparse
+        self.dtypes: dict[str, torch.dtype] = {}  # of every compressed weight, once the headers were read
 
     def __repr__(self) -> str:
-        return f"pattern={self.sparse.pattern!r}, ignore={self.sparse.ignore}"
+        return f"pattern={self.sparse.pattern!r}, values={self.sparse.values!r}, ignore={self.sparse.ignore}"
 
     def read(self, folder: Path) -> None:
         checkpoint = Checkpoint.open(folder)
         self.sparsities = {name: weight.sparsity for name, weight in checkpoint.weights.items()}
         for name, weight in checkpoint.weights.items():
             self._describe(name, (weight.m, weight.n), weight.file)
+            self.dtypes[name] = weight.dtype
         self._describe_dense(checkpoint.dense_tensors(), checkpoint.tensors)
 
     def weight(self, name: str) -> StoredWeight | None:
@@ -94,7 +99,9 @@ class SparseFolder(ServedFolder):
             return None
         default = get_format(pattern).default_sparsity or DEFAULT_SPARSITY
         sparsity = (self.sparsities or {}).get(name, default)
-        return StoredWeight(name, pattern, sparsity, CANONICAL, self.files.get(name, ""))
+        quantized = self.sparse.values == INT8
+        encoding = Int8(self.sparse.group_size, self.dtypes.get(name)) if quantized else CANONICAL
+        return StoredWeight(name, pattern, sparsity, encoding, self.files.get(name, ""))
 
 
 class CompressedTensorsFolder(ServedFolder):

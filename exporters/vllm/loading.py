@@ -138,7 +138,7 @@ class LayerWeight:
 
     def _take(self, shard: Shard, tensors: dict[str, Tensor], cuts: dict[int, Cut]) -> None:
         m, n = sum(cut.m for cut in cuts.values()), next(iter(cuts.values())).n
-        weight = shard.encoding.open(shard.origin + shard.name, shard.pattern, tensors, m, n)
+        weight = shard.encoding.open(shard.origin + shard.name, shard.pattern, tensors, m, n, self.dtype)
         above = 0
         for key, cut in cuts.items():
             rows = range(above + cut.rows.start, above + cut.rows.stop)

@@ -23,6 +23,7 @@ from legacy_folders import compressed_tensors_folder, dense_folder
 from sparse_rt import assets
 from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header
 from sparse_rt.checkpoint.header import METADATA_KEY
+from sparse_rt.exporters.int8 import Int8Exporter
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.exporter import reference_model
 from sparse_rt.formats import get_format
@@ -31,6 +32,7 @@ from sparse_rt.hf.load import load
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
 
+INT8 = ("int8 llama", "int8 phi3", "int8 qwen3_moe")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "opt", "gemma2", "phi3", "mixtral", "qwen3_moe")
 # Between them the families cover biases, tied and own heads, norms of q and k, learned positions, ReLU, joined weights,
 # soft caps, and experts.
@@ -106,6 +108,10 @@ def adapter(folder: Path) -> Path:
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("vllm")
     made = {name: helpers.compress_folder(family(root / name, name), root / f"{name}-24", "2:4") for name in FAMILIES}
+    for name in INT8:
+        made[name] = root / name.replace(" ", "-")
+        made[name].mkdir()
+        Int8Exporter().export(made[name.split()[1]], made[name], group_size=64)
     for pattern in ("2:4", "unstructured"):
         made[pattern] = helpers.compress_folder(assets.model_dir(), root / f"shipped-{pattern[0]}", pattern)
     made["mixed"] = mixed_folder(root / "llama", root / "mixed")
@@ -136,7 +142,7 @@ def answers(folders, tmp_path_factory):
         for name in ("2:4", "unstructured", *BAD)
     }
     exact = {**eager, "dtype": "float32"}  # left alone, vLLM runs a float32 folder in bfloat16
-    for name in (*FAMILIES, "mixed", "sparse-bitmask", "sparse-24-bitmask"):
+    for name in (*FAMILIES, *INT8, "mixed", "sparse-bitmask", "sparse-24-bitmask"):
         request[name] = {"do": "tokens", "folder": str(folders[name]), "jobs": job, "options": exact}
     for kind in ("sparse-bitmask", "sparse-24-bitmask"):
         options = {**exact, "quantization": "sparse_rt"}
@@ -175,7 +181,7 @@ def assert_equal_tokens(model, tokens, prompts=PROMPTS):
     assert report["compared"] == report["equal"] == len(prompts) * MAX_TOKENS, report
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "mixed"])
+@pytest.mark.parametrize("name", [*FAMILIES, *INT8, "mixed"])
 def test_every_family_says_the_same_as_transformers(answers, folders, name):
     assert_equal_tokens(reference_model(folders[name]), served(answers[name]))
     assert len({token for tokens in served(answers[name]) for token in tokens}) > 5  # not one token over and over

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from helpers import random_weight
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import dequantize, quantize
 
 pytest.importorskip("vllm")
 
@@ -143,6 +144,24 @@ def test_experts_that_one_tensor_holds_are_compressed_too():
     x = torch.randn(5, HIDDEN)
     wanted = mixture(dense, x, *routing(5))
     assert (summed([layer], x, *routing(5)) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("size,expert_parallel", RANKS)
+def test_experts_with_int8_values(monkeypatch, size, expert_parallel, pattern):
+    fmt, dense, tensors = get_format(pattern), weights(pattern), []
+    for key, weight in dense.items():
+        values, metadata = fmt.compress(weight, fmt.mask_of(weight))
+        q, scales = quantize(fmt, values, metadata, *weight.shape)
+        stored = zip((*fmt.tensor_names, "weight_scale"), (q, metadata, scales), strict=True)
+        tensors += [(f"{key[0]}.{key[1]}.{name}", tensor) for name, tensor in stored]
+        widened = dequantize(fmt, q, scales, metadata, *weight.shape, None, torch.float32)
+        dense[key] = fmt.decompress(widened, metadata, *weight.shape)
+    source = SparseFolder(SparseConfig(pattern=pattern, values="int8"))
+    layers = [load(build(source, rank, size, expert_parallel, monkeypatch), tensors) for rank in range(size)]
+    x = torch.randn(5, HIDDEN)
+    wanted = mixture(dense, x, *routing(5))
+    assert (summed(layers, x, *routing(5)) - wanted).norm() <= 1e-6 * wanted.norm()
 
 
 @pytest.mark.parametrize("kind,pattern", [("sparse-bitmask", "unstructured"), ("sparse-24-bitmask", "2:4")])

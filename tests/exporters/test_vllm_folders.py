@@ -4,10 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 
 from sparse_rt.checkpoint import read_json
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.exporters.vllm.encodings import BITMASK, CANONICAL, DENSE
+from sparse_rt.exporters.int8 import Int8Exporter
+from sparse_rt.exporters.vllm.encodings import BITMASK, CANONICAL, DENSE, Int8
 from sparse_rt.exporters.vllm.folders import CompressedTensorsFolder, DenseFolder, open_description
 from sparse_rt.exporters.vllm.parallel import Heads, Weight, heads_of, refusal
 
@@ -24,6 +26,15 @@ def test_a_sparse_rt_folder_tells_patterns_sparsities_and_shapes(sparse_llama):
     weight = folder.weight(name)
     assert weight.encoding is CANONICAL and folder.shapes[name] == (64, 160)
     assert "model.embed_tokens" in folder.shapes and "model.norm" not in folder.shapes
+
+
+def test_a_folder_with_int8_values_tells_group_size_and_dtype(sparse_llama, tmp_path):
+    Int8Exporter().export(sparse_llama, tmp_path, group_size=64)
+    folder = open_description(quantization(tmp_path))
+    name = "model.layers.0.mlp.down_proj"
+    assert folder.weight(name).encoding == Int8(64) and folder.weight("lm_head") is None
+    folder.read(tmp_path)
+    assert folder.weight(name).encoding == Int8(64, torch.bfloat16) and folder.weight(name).sparsity == 0.5
 
 
 @pytest.mark.parametrize("kind", ["sparse-bitmask", "sparse-24-bitmask"])

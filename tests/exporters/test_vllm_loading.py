@@ -7,8 +7,10 @@ import torch
 
 from helpers import compressed
 from sparse_rt.errors import FormatError, UserError
+from sparse_rt.exporters.vllm.encodings import Int8
 from sparse_rt.exporters.vllm.loading import Cut, LayerWeight, Shard
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import dequantize, quantize
 
 
 def layer(*patterns, rows=8, columns=32, dtype=torch.float32):
@@ -79,6 +81,78 @@ def test_content_is_checked_against_the_format(pattern):
         stage(layer(pattern), 0, pattern, values, metadata[:-1])
     with pytest.raises(FormatError, match=r"m.q_proj: values are torch.int8"):
         stage(layer(pattern), 0, pattern, values.to(torch.int8), metadata)
+
+
+def quantized(pattern, group_size=64, columns=160, dtype=torch.bfloat16):
+    """({tensor name: tensor}, the dense weight that they stand for)."""
+    fmt = get_format(pattern)
+    values, metadata, _ = compressed(8, columns, pattern, dtype=dtype)
+    q, scales = quantize(fmt, values, metadata, 8, columns, group_size)
+    widened = dequantize(fmt, q, scales, metadata, 8, columns, group_size, dtype)
+    tensors = dict(zip((*fmt.tensor_names, "weight_scale"), (q, metadata, scales), strict=True))
+    return tensors, fmt.decompress(widened, metadata, 8, columns)
+
+
+def int8_layer(pattern, encoding, dtype=torch.bfloat16, columns=160):
+    shard = Shard("m.q_proj", pattern, 8, encoding, "shard-1")
+    return LayerWeight("m.qkv_proj", [shard], columns, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4:8"])
+@pytest.mark.parametrize("group_size", [None, 64, 128])
+@pytest.mark.parametrize("part", [0, 1])
+def test_int8_values_are_widened_and_cut_at_any_column(pattern, group_size, part):
+    tensors, dense = quantized(pattern, group_size)
+    weight = int8_layer(pattern, Int8(group_size, torch.bfloat16), columns=80)
+    for suffix, tensor in reversed(tensors.items()):
+        weight.stage(suffix, tensor, {0: weight.by_columns(part, 2)})
+    values, metadata = weight.finish()
+    assert values.dtype == torch.bfloat16
+    assert torch.equal(weight.format.decompress(values, metadata, 8, 80), dense[:, 80 * part : 80 * (part + 1)])
+
+
+def test_int8_values_are_rounded_to_the_dtype_of_the_header_and_without_one_to_that_of_the_layer():
+    tensors, dense = quantized("2:4")
+    for encoding, dtype in ((Int8(64, torch.bfloat16), torch.float32), (Int8(64), torch.bfloat16)):
+        weight = int8_layer("2:4", encoding, dtype)
+        for suffix, tensor in tensors.items():
+            weight.stage(suffix, tensor, {0: weight.by_rows(0)})
+        values, metadata = weight.finish()
+        assert torch.equal(weight.format.decompress(values, metadata, 8, 160), dense.to(dtype))
+
+
+def test_missing_scales_are_named():
+    tensors, _ = quantized("2:4")
+    weight = int8_layer("2:4", Int8(64))
+    for suffix in ("weight_values", "weight_meta"):
+        weight.stage(suffix, tensors[suffix], {0: weight.by_rows(0)})
+    with pytest.raises(FormatError, match=r"layer m.qkv_proj is incomplete, missing m.q_proj.weight_scale;"):
+        weight.finish()
+    plain = layer("2:4", columns=160)
+    with pytest.raises(FormatError, match=r"unexpected tensor m.q_proj.weight_scale .* 2:4, which has weight_values"):
+        plain.stage("weight_scale", tensors["weight_scale"], {0: plain.by_rows(0)})
+
+
+@pytest.mark.parametrize(
+    "suffix, change, message",
+    [
+        ("weight_scale", lambda t: -t, r"shard-1: m.q_proj.weight_scale holds -.* at row 0, group 0"),
+        ("weight_scale", lambda t: t[:, :1], r"m.q_proj.weight_scale is torch.float32 \(8, 1\).*needs .*\(8, 3\)"),
+        ("weight_scale", lambda t: t.half(), "m.q_proj.weight_scale is torch.float16"),
+        ("weight_values", lambda t: torch.full_like(t, -128), "m.q_proj.weight_values holds -128 at row 0"),
+        ("weight_values", lambda t: t.bfloat16(), "m.q_proj.weight_values is torch.bfloat16"),
+        ("weight_values", lambda t: t[:, 1:], r"m.q_proj.weight_values has shape \(8, 79\)"),
+        ("weight_meta", lambda t: t.int(), "m.q_proj.weight_meta is torch.int32"),
+        ("weight_meta", lambda t: t * 0, "m.q_proj.weight_meta: row 0, group 0"),
+    ],
+)
+def test_malformed_int8_weights_are_refused_by_name(suffix, change, message):
+    tensors, _ = quantized("2:4")
+    tensors[suffix] = change(tensors[suffix])
+    weight = int8_layer("2:4", Int8(64))
+    with pytest.raises(FormatError, match=message):
+        for name, tensor in tensors.items():
+            weight.stage(name, tensor, {0: weight.by_rows(0)})
 
 
 def test_a_cut_that_splits_groups_is_refused_before_anything_is_read():

@@ -12,6 +12,7 @@ import torch
 from helpers import random_weight
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats.int8 import dequantize, quantize
 from sparse_rt.kernels import packed
 
 pytest.importorskip("vllm")
@@ -170,6 +171,30 @@ def test_shards_that_one_stored_weight_holds_are_cut_too(ranks, rank, size, patt
     pieces = [cut(*ids, part, rank, size) for (ids, _), part in zip(parts, weight.split(sizes), strict=True)]
     fmt, m, n = get_format(pattern), *layer.sparse_shape[1:]
     assert torch.equal(fmt.decompress(*canonical(layer), m, n), torch.cat(pieces))
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "4:8"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rank,size", RANKS)
+def test_int8_values_are_widened_before_they_are_cut(ranks, rank, size, kind, pattern):
+    ranks(rank, size)
+    RANK.size = size
+    fmt = get_format(pattern)
+    layer, parts, cut = build(kind, pattern, SparseFolder(SparseConfig(pattern=pattern, values="int8", group_size=64)))
+    tensors, weights = [], []
+    for seed, (ids, rows) in enumerate(parts):
+        shape = rows, layer.input_size
+        values, metadata = fmt.compress(*weight_and_mask(*shape, pattern, seed))
+        q, scales = quantize(fmt, values, metadata, *shape, 64)
+        names = *fmt.tensor_names, "weight_scale"
+        tensors += [(name, ids, t) for name, t in zip(names, (q, metadata, scales), strict=True)]
+        widened = dequantize(fmt, q, scales, metadata, *shape, 64, torch.bfloat16)
+        weights.append((ids, fmt.decompress(widened, metadata, *shape)))
+    load_tensors(layer, tensors[::-1])
+    found, m, n = layer.sparse_shape
+    expected = torch.cat([cut(*ids or (0,), weight, rank, size) for ids, weight in weights])
+    assert torch.equal(get_format(found).decompress(*canonical(layer), m, n), expected)
+    assert {name for name, _ in layer.named_parameters()} == {"weight_packed"}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
