@@ -12,16 +12,22 @@ import helpers
 from sparse_rt.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint, is_sparse_checkpoint, read_json
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.errors import FormatError, SparseRTError
+from sparse_rt.exporters.int8 import Int8Exporter
 from sparse_rt.workflows.verify import check_manifest
 
 JUNK = (None, 0, -1, 1.5, True, "", "2:4", [], [1, 2], [[1]], {}, {"a": 1}, 10**30)
 CASES = 150
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+@pytest.fixture(scope="module", params=["plain", "int8"])
+def folder(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("damage")
-    return helpers.compress_folder(helpers.tiny_llama(root / "dense", num_hidden_layers=1), root / "sparse", "2:4")
+    dense = helpers.tiny_llama(root / "dense", num_hidden_layers=1)
+    plain = helpers.compress_folder(dense, root / "plain", "2:4")
+    if request.param == "int8":
+        (root / "int8").mkdir()
+        Int8Exporter().export(plain, root / "int8")
+    return root / request.param
 
 
 def places(value, path=()):
