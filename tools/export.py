@@ -12,6 +12,8 @@ def report(result: dict[str, Any]) -> None:
     rows = [(name, size(count)) for name, count in result["files"].items()]
     show(table(f"{result['exporter']} export in {result['output_dir']}", ["file", "bytes>"], rows))
     show(f"{size(result['bytes'])} in all; the dense model has {size(result['dense_bytes'])}")
+    for note in result["facts"].get("notes", ()):
+        show(note)
     if result["check"]:
         show(facts("check", result["check"]))
 

@@ -145,10 +145,10 @@ def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, 
     """The graph (``onnx.ModelProto``) of a skeleton, and the modules it joined in one product.
 
     Inputs, outputs and activations are those of ``trace``, without position_ids. ``weights`` gets the joined modules
-    (below ``limit`` entries each) and an embedding that the skeleton left in its place.
+    (below ``limit`` entries each).
     Raises ``UserError`` for a model that the builder does not build.
     """
-    embedding = _take_embedding(model, weights, checkpoint)
+    embedding = _name_embedding(model)
     for name in weights:
         _give_shape(model.get_submodule(name))
     keys = {name: _key(name, checkpoint, model.base_model_prefix) for name in weights}
@@ -166,25 +166,16 @@ def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, 
 
 
 def _give_shape(module: nn.Module) -> None:
-    """The builder asks placeholders for the shape and dtype of a weight that they do not have."""
+    """The builder asks linear placeholders for the shape and dtype of a weight that they do not have."""
     if hasattr(module, "out_features"):
         module.weight = torch.empty(module.out_features, module.in_features, device="meta")
-    elif not isinstance(module, nn.Embedding):
-        module.weight = torch.empty(module.num_embeddings, module.embedding_dim, device="meta")
 
 
-def _take_embedding(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint) -> str:
-    """The name of the input embedding; one of a class of its own (Gemma's multiplies) becomes a weight like others."""
+def _name_embedding(model: nn.Module) -> str:
+    """The name of the input embedding, which the builder knows by its class or by an attribute."""
     module = model.get_input_embeddings()
-    name = next(name for name, other in model.named_modules() if other is module)
-    if name not in weights:
-        stored = checkpoint_key(f"{name}.weight", checkpoint.tensors, model.base_model_prefix)
-        head = next(other for other, layer in model.named_modules() if layer is model.get_output_embeddings())
-        owner = name if stored else weights[head].owner  # tied, and stored under the name of the head
-        weights[name] = Weight(owner, "embedding", module.embedding_dim)
-    # The builder knows an embedding by its class, or by this attribute.
     object.__setattr__(model, "embedding", module)
-    return name
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def _new_builder(config: Any, architecture: str) -> Any:

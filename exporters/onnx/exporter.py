@@ -8,19 +8,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sparse_rt.checkpoint import Checkpoint, read_json
-from sparse_rt.config import Options, parse_size
-from sparse_rt.errors import UserError
+from sparse_rt.config import Options
 from sparse_rt.exporters.base import Exporter, register_exporter
 from sparse_rt.exporters.folder import copy_side_files, write_dense_config
+from sparse_rt.exporters.onnx.body import MAX_FOLDED_WEIGHTS, choose_body, outlook
 from sparse_rt.optional import require
 from sparse_rt.version import __version__
-
-# ONNX Runtime 1.31 keeps every intermediate of constant folding (int32 offset and position, float32 values picked,
-# spread, reshaped and transposed) until the pass ends. Measured: 31 bytes a weight, summed over the whole model.
-FOLD_BYTES_PER_WEIGHT = 32
-# It does not fold a node whose output exceeds 1 GiB: 4-byte intermediates of 2^28 weights.
-MAX_FOLDED_WEIGHTS = 1 << 28
-MAX_VALUES = 1 << 31
 
 
 class OnnxOptions(Options):
@@ -86,11 +79,9 @@ class OnnxExporter(Exporter):
             require("onnxruntime_genai", extra="genai")
         checkpoint = Checkpoint.open(source)
         body = choose_body(checkpoint, chosen)
-        import onnx
-
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
-        from sparse_rt.exporters.onnx.engine import MODEL_NAME
+        from sparse_rt.exporters.onnx.manifest import write_manifest
         from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
@@ -110,48 +101,37 @@ class OnnxExporter(Exporter):
         proto = Assembler(output, proto, stored, model.base_model_prefix, form, how).build(weights)
         note(proto, joined)
         opset = next(entry.version for entry in proto.opset_import if not entry.domain)
-        facts = {"base": chosen.base, "form": chosen.form, "body": body, "opset": opset}
+        values = "int8" if any(how.is_int8(entry) for entry in stored.weights.values()) else "plain"
+        facts = {"base": chosen.base, "form": chosen.form, "body": body.name, "opset": opset, "values": values}
         proto = _finish(proto, checkpoint, facts)
-        (output / MODEL_NAME).write_bytes(proto.SerializeToString())
-        if chosen.base == "portable":  # onnx knows the standard operators only
-            onnx.checker.check_model(str(output / MODEL_NAME))
+        _save(proto, output, chosen)
         write_dense_config(source, output)
         copy_side_files(source, output)
         if chosen.genai:
             genai.write_genai(output, proto, chosen.base, operators=chosen.form == "function")
-        write_readme(output, checkpoint, facts, FOLD_BYTES_PER_WEIGHT)
-        return {**facts, "sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
+        write_readme(output, checkpoint, facts, body.fold_bytes)
+        facts |= {"body_reason": body.reason, "fold_bytes": body.fold_bytes}
+        write_manifest(output, checkpoint, facts, weights, how)
+        counts = {"sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
+        return {**facts, **counts, "notes": [outlook(body)]}
 
     def check(self, source: Path, output: Path) -> dict[str, Any]:
         from sparse_rt.exporters.onnx.check import check
+        from sparse_rt.exporters.onnx.manifest import add_check
 
-        return check(source, output)
+        figures = check(source, output)
+        add_check(output, figures)
+        return figures
 
 
-def choose_body(checkpoint: Checkpoint, options: OnnxOptions) -> str | None:
-    """The function body for ``checkpoint``, None for the dense form.
+def _save(proto: Any, output: Path, options: OnnxOptions) -> None:
+    import onnx
 
-    Raises ``UserError`` for a weight with 2^31 values or more, and for "folding" with one of 2^28 weights or more.
-    """
-    if options.form == "dense":
-        return None
-    for name, entry in checkpoint.weights.items():
-        if entry.nnz >= MAX_VALUES:
-            raise UserError(
-                f"{name} keeps {entry.nnz} values, the ONNX operator allows {MAX_VALUES - 1}; use form=dense"
-            )
-    largest = max(checkpoint.weights, key=lambda name: checkpoint.weights[name].m * checkpoint.weights[name].n)
-    size = checkpoint.weights[largest].m * checkpoint.weights[largest].n
-    if options.body == "folding" and size >= MAX_FOLDED_WEIGHTS:
-        raise UserError(
-            f"{largest} has {size} weights, ONNX Runtime folds at most {MAX_FOLDED_WEIGHTS - 1} in one node; "
-            "use body=streaming or form=dense"
-        )
-    if options.body != "auto":
-        return options.body
-    total = sum(entry.m * entry.n for entry in checkpoint.weights.values())
-    fits = total * FOLD_BYTES_PER_WEIGHT <= parse_size(options.fold_budget) and size < MAX_FOLDED_WEIGHTS
-    return "folding" if fits else "streaming"
+    from sparse_rt.exporters.onnx.engine import MODEL_NAME
+
+    (output / MODEL_NAME).write_bytes(proto.SerializeToString())
+    if options.base == "portable":  # onnx knows the standard operators only
+        onnx.checker.check_model(str(output / MODEL_NAME))
 
 
 def _finish(proto: Any, checkpoint: Checkpoint, facts: dict[str, Any]) -> Any:

@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.exporters.onnx.assemble import DATA_NAME
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.exporters.onnx.manifest import NAME as MANIFEST_NAME
+from sparse_rt.report import size
 
 _SNIPPET = """```python
 import numpy as np
@@ -61,10 +65,9 @@ TensorRT can use 2:4 weights in this form (`--sparsity=enable`); whether it does
 """
 _FORMS = {
     "function": """\
-The compressed layers are operators of domain `sparse_rt` (`BitmaskLinear`, `Sparse24Linear`). Each is defined in the
-file itself, as a model-local function of standard operators, so an ONNX Runtime that knows opset {opset} runs it
-without an extra library{versions}. A runtime that has a kernel of
-that name uses the kernel instead of the function.
+Linear layers are operators of domain `sparse_rt`: {operators}. Each is defined in the file itself, as a
+model-local function of standard operators, so an ONNX Runtime that knows opset {opset} runs it without an extra
+library{versions}. A runtime that has a kernel of that name uses the kernel instead of the function.
 """,
     "inline": """\
 The decompression is written out in standard operators, for runtimes without model-local functions. OpenVINO 2026.4
@@ -75,6 +78,12 @@ Every layer is an ordinary MatMul and the weights are stored dense, zeros includ
 model.
 """,
 }
+
+_PLAIN = "Weights have the bits and the dtype of the checkpoint."
+_INT8 = """\
+Kept weights are int8 values (`weight_values`) times a float32 scale (`weight_scale`) of their row, or of as many of its
+columns as the attribute `group_size` says; dense layers have the bits of the checkpoint. With `accuracy_level` 4 our
+operators round activations to int8, too, on processors with AVX-512 VNNI; everything else takes them as float32."""
 
 _BODIES = {
     "folding": """\
@@ -99,19 +108,25 @@ kernel export with `form=dense`.
 
 
 def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fold_bytes: int) -> None:
-    """Write README.md for the export described by ``facts`` (base, form, body, opset); ``fold_bytes`` a weight."""
+    """Write README.md for the export that ``facts`` describe (base, form, body, opset, values).
+
+    ``fold_bytes``: what folding takes in all.
+    """
     weights = checkpoint.weights.values()
     total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
     patterns = ", ".join(sorted({entry.pattern for entry in weights}))
-    with_positions = _takes_positions(folder)
+    proto = onnx.load(str(folder / MODEL_NAME), load_external_data=False)
+    with_positions = any(entry.name == "position_ids" for entry in proto.graph.input)
+    operators = ", ".join(f"`{function.name}`" for function in proto.functions)
     positions = ", `position_ids`" if with_positions else ""
     body, library = "", _LIBRARY if facts["form"] == "function" else ""
-    base, form = facts["base"], _FORMS[facts["form"]].format(opset=facts["opset"], versions=_VERSIONS[facts["base"]])
+    base = facts["base"]
+    form = _FORMS[facts["form"]].format(opset=facts["opset"], versions=_VERSIONS[base], operators=operators)
     if facts["form"] == "dense" and base == "portable":
         form += _TENSORRT
     if facts["body"]:
-        body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes, peak=_size(total * fold_bytes))
-    sizes = "\n".join(f"| `{name}` | {_size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
+        body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes // total, peak=size(fold_bytes))
+    sizes = "\n".join(f"| `{name}` | {size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
     text = f"""# ONNX export of a sparse model
 
 {len(weights)} linear weights ({patterns}); {1 - kept / total:.1%} of their {total:,} entries are not stored. Made by
@@ -134,22 +149,8 @@ Activations are float32.
 ## What is inside
 
 {form}{body}{_JOINED if base == "genai" else ""}
-Weights have the bits and the dtype of the checkpoint. `metadata_props` of the model (`sparse_rt.*`) hold form, body and
-pattern; a compressed layer is a node named after its module, with its pattern and sparsity.
+{_INT8 if facts["values"] == "int8" else _PLAIN} `metadata_props` of the model (`sparse_rt.*`) hold form,
+body and pattern; a compressed layer is a node named after its module, with its pattern and sparsity. `{MANIFEST_NAME}`
+lists every layer, and says why it is dense where it is.
 """
     (folder / "README.md").write_text(text)
-
-
-def _takes_positions(folder: Path) -> bool:
-    import onnx
-
-    proto = onnx.load(str(folder / MODEL_NAME), load_external_data=False)
-    return any(entry.name == "position_ids" for entry in proto.graph.input)
-
-
-def _size(count: float) -> str:
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -1,8 +1,8 @@
 """A model without its weights: those are attached to its graph afterwards, straight from the checkpoint.
 
 It is built on the meta device, so no weight of a linear or embedding layer is ever in memory; buffers and the small
-parameters (norms, biases) are real. Every linear and embedding layer is replaced by a module that owns no weight and
-traces to one placeholder node ``sparse_rt.Weight(x) <module = name>``. Tracing ``torch.ops.sparse_rt.linear`` with a
+parameters (norms, biases) are real. Every linear and embedding layer becomes a module that owns no weight and traces
+to one placeholder node ``sparse_rt.Weight(x) <module = name>``. Tracing ``torch.ops.sparse_rt.linear`` with a
 translation table works too, but then every weight travels through torch.export and the graph optimizer as a float32
 tensor: the optimizer transposes dense weights into unnamed copies, stores tied ones twice and merges equal ones.
 """
@@ -43,14 +43,20 @@ class _Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-class _Embedding(nn.Module):
-    def __init__(self, name: str, embedding: nn.Embedding):
-        super().__init__()
-        self.name, self.num_embeddings, self.embedding_dim = name, embedding.num_embeddings, embedding.embedding_dim
-        self.padding_idx = embedding.padding_idx
+class _Embedding(nn.Embedding):
+    """What the forward of a subclass calls in place of that of ``nn.Embedding``."""
 
     def forward(self, input: Tensor) -> Tensor:
         return _placeholder(input, self.name, (*input.shape, self.embedding_dim))
+
+
+def _take_embedding(name: str, module: nn.Embedding) -> None:
+    """Some subclasses multiply (Gemma) or compute positions first (OPT): they keep their class, and lose the table."""
+    kind = type(module)
+    module.__class__ = _Embedding if kind is nn.Embedding else type(kind.__name__, (kind, _Embedding), {})
+    module.name = name
+    del module._parameters["weight"]
+    module.weight = torch.empty(module.num_embeddings, module.embedding_dim, device="meta")  # they look at its dtype
 
 
 def _placeholder(x: Tensor, name: str, shape: tuple) -> Tensor:
@@ -97,11 +103,7 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
 
 
 def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]:
-    """Replace linear and embedding layers by placeholders.
-
-    Subclasses of the torch layers stay as they are, because their forward does more; their weights become ordinary
-    initializers.
-    """
+    """Make linear and embedding layers placeholders; subclasses of ``nn.Linear`` stay as they are."""
     prefix = model.base_model_prefix
     weights: dict[str, Weight] = {}
     owners: dict[int, str] = {}
@@ -110,15 +112,14 @@ def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]
         if checkpoint_key(f"{name}.weight", checkpoint.tensors, prefix):
             owners.setdefault(id(module.weight), name)
     for name, module in layers:
-        if type(module) not in (nn.Linear, nn.Embedding):
-            continue
-        is_linear = type(module) is nn.Linear
-        if is_linear and checkpoint_key(name, checkpoint.weights, prefix):
-            weights[name] = Weight(name, "sparse", module.in_features)
-        else:
-            owner = owners.get(id(module.weight), name)
-            weights[name] = Weight(owner, "linear" if is_linear else "embedding", module.weight.shape[1])
-        model.set_submodule(name, _Linear(name, module) if is_linear else _Embedding(name, module))
+        owner = owners.get(id(module.weight), name)
+        if isinstance(module, nn.Embedding):
+            weights[name] = Weight(owner, "embedding", module.embedding_dim)
+            _take_embedding(name, module)
+        elif type(module) is nn.Linear:
+            sparse = checkpoint_key(name, checkpoint.weights, prefix) is not None
+            weights[name] = Weight(name if sparse else owner, "sparse" if sparse else "linear", module.in_features)
+            model.set_submodule(name, _Linear(name, module))
     return weights
 
 

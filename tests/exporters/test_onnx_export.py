@@ -1,5 +1,6 @@
 """Exported models: sizes, names, agreement with torch, the README's program, and damage that the check must see."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 import torch
 
 import helpers
-from sparse_rt.checkpoint import Checkpoint, WeightEntry
+from sparse_rt.checkpoint import Checkpoint, WeightEntry, file_digest
 from sparse_rt.config import ExportOptions, GenerateOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import session, which_kernel
-from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions, choose_body
+from sparse_rt.exporters.onnx.body import choose_body, outlook
+from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.trace import trace
 from sparse_rt.workflows.export import export
@@ -143,6 +145,20 @@ def test_graph_is_readable(llama):
     assert str(output.parent).encode() not in text and b"/site-packages/" not in text
 
 
+def test_manifest_says_what_every_layer_is_and_why(llama):
+    source, output, result = llama
+    manifest = json.loads((output / "sparse_rt.json").read_text())
+    assert manifest["layers"].pop("lm_head") == {"dense": "dense in the checkpoint (ignore)"}
+    assert manifest["layers"].pop("model.embed_tokens") == {"dense": "an embedding"}
+    down = manifest["layers"]["model.layers.0.mlp.down_proj"]
+    assert down == {"pattern": "2:4", "shape": [64, 160], "nnz": 64 * 80, "values": "bfloat16"}
+    assert len(manifest["layers"]) == 7
+    assert manifest["source"]["manifest_sha256"] == file_digest(source / "sparse_rt.manifest.json")
+    assert manifest["export"]["body"] == "folding" and "within fold_budget=4GB" in manifest["export"]["body_reason"]
+    assert manifest["check"] == result["check"]
+    assert result["facts"]["notes"][0].startswith("folding: without our operators")
+
+
 def test_program_of_the_readme_runs_without_sparse_rt(llama):
     _, output, _ = llama
     program = re.search(r"```python\n(.*?)```", (output / "README.md").read_text(), re.DOTALL)[1]
@@ -267,13 +283,21 @@ def sizes(*shapes):
     return SimpleNamespace(weights=entries)
 
 
+def chosen(checkpoint, **options):
+    return choose_body(checkpoint, OnnxOptions(**options)).name
+
+
 def test_body_is_chosen_by_what_folding_would_cost():
     small, large = sizes((4096, 4096, 8 << 20)), sizes(*[(4096, 4096, 8 << 20)] * 10)
-    assert choose_body(small, OnnxOptions()) == "folding"
-    assert choose_body(large, OnnxOptions()) == "streaming"
-    assert choose_body(large, OnnxOptions(fold_budget="20GB")) == "folding"
-    assert choose_body(small, OnnxOptions(body="streaming")) == "streaming"
-    assert choose_body(large, OnnxOptions(form="dense")) is None
+    assert chosen(small) == "folding" and chosen(large) == "streaming"
+    assert chosen(large, fold_budget="20GB") == "folding"
+    assert chosen(small, body="streaming") == "streaming"
+    assert chosen(large, form="dense") is None
+    choice = choose_body(large, OnnxOptions())
+    assert choice.fold_bytes == 10 * 4096 * 4096 * 32
+    sentence = "folding takes up to 5.4 GB while a session opens, more than fold_budget=4GB"
+    assert sentence in choice.reason and sentence in outlook(choice)
+    assert choose_body(large, OnnxOptions(values="int8")).fold_bytes == 10 * 4096 * 4096 * 40
 
 
 def test_a_model_without_a_key_value_cache_is_refused():
@@ -287,7 +311,7 @@ def test_a_model_without_a_key_value_cache_is_refused():
 
 def test_weights_beyond_the_limits_of_a_node():
     head = sizes((128256, 4096, 1 << 28))
-    assert choose_body(head, OnnxOptions(fold_budget="1000GB")) == "streaming"
+    assert chosen(head, fold_budget="1000GB") == "streaming"
     with pytest.raises(UserError, match=r"layer\.0 has 525336576 weights.*body=streaming or form=dense"):
         choose_body(head, OnnxOptions(body="folding"))
     with pytest.raises(UserError, match="use form=dense"):
