@@ -204,5 +204,5 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
 
 transformers and vLLM widen the values when they load the model, to the dtype that it had before: the folder is smaller,
-the model in memory is not. Releases of sparse-rt that do not know int8 values refuse the folder with a sentence.
+the model in memory is not. Releases of sparse-rt that do not know int8 values refuse the folder.
 """

@@ -109,8 +109,12 @@ class SparseConfig(BaseModel):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """As config.json holds it: ``group_size`` only where values have scales, so that older builds read the rest."""
-        return self.model_dump(exclude=None if self.values == INT8 else {"group_size"})
+        """As config.json holds it.
+
+        Without a ``group_size`` that says nothing: builds of before int8 values refuse keys that they do not know, and
+        they shall read plain folders, and name ``values`` where that is all they do not understand.
+        """
+        return self.model_dump(exclude={"group_size"} if self.group_size is None else None)
 
     def plain(self) -> SparseConfig:
         """The same weights with their values stored as they are."""
