@@ -5,7 +5,7 @@
 
 #include "scalar_float.h"
 
-enum { CHUNKS = 64, X_CHUNK_TOKENS = 8, ALIGNMENT = 64 };
+enum { CHUNKS = 64, X_CHUNK_TOKENS = 8, ALIGNMENT = 64, CACHE_LINE = 64 };
 
 static const srt_linear *const best_first[] = {
 #if defined(__x86_64__)
@@ -128,18 +128,27 @@ static void store(const product *p, int64_t row, int64_t count, int64_t token, c
         srt_store_float(y + r * size, out[r], p->dtype);
 }
 
+/* Values of the unit that comes next: what is not asked for yet. While one unit is multiplied the memory would have
+ * nothing to do, and the next would be expanded as slowly as it comes. */
+typedef struct {
+    const char *at, *end;
+} stretch;
+
 /* sums += panel [16][columns] times x [tokens]: six tokens of x meet all rows before the next come (512 tokens, by
  * hand: 173 ms, 176 the other way round, 179 where tiles end after 1024 columns). */
 static void multiply_tiles(const product *p, const float *panel, int64_t columns, const float *x, int64_t tokens,
-                           float *sums)
+                           float *sums, stretch *next)
 {
     for (int64_t t = 0; t < tokens; t += SRT_TILE_TOKENS)
-        for (int64_t r = 0; r < SRT_UNIT; r += SRT_TILE_ROWS)
+        for (int64_t r = 0; r < SRT_UNIT; r += SRT_TILE_ROWS) {
+            const char *ahead = next->at < next->end ? next->at : (const char *)panel;
             p->kernels->tile(panel + r * SRT_PANEL_STRIDE, columns, x + t * p->ldx, p->ldx,
-                             (int)srt_min(tokens - t, SRT_TILE_TOKENS), sums + (t * SRT_UNIT + r) * SRT_LANES);
+                             (int)srt_min(tokens - t, SRT_TILE_TOKENS), sums + (t * SRT_UNIT + r) * SRT_LANES, ahead);
+            next->at += columns / SRT_LANES * CACHE_LINE;
+        }
 }
 
-static void multiply_panel(const product *p, int64_t row, int64_t count, int64_t first, int64_t last)
+static void multiply_panel(const product *p, int64_t row, int64_t count, int64_t first, int64_t last, stretch *next)
 {
     _Alignas(ALIGNMENT) float panel[SRT_UNIT * SRT_PANEL_STRIDE];
     _Alignas(ALIGNMENT) float sums[SRT_BLOCK_TOKENS * SRT_UNIT * SRT_LANES];
@@ -151,7 +160,7 @@ static void multiply_panel(const product *p, int64_t row, int64_t count, int64_t
         int64_t columns = srt_min(p->w->n - at, SRT_PANEL_COLUMNS);
         expand(p, row, count, at, columns, from, panel);
         multiply_tiles(p, panel, srt_divide_up(columns, SRT_LANES) * SRT_LANES, p->natural + first * p->ldx + at,
-                       last - first, sums);
+                       last - first, sums, next);
     }
     for (int64_t token = first; token < last; token++) {
         float out[SRT_UNIT];
@@ -220,8 +229,10 @@ static void multiply_chunk(void *data, size_t index)
             multiply_few(p, row, count);
             continue;
         }
+        int64_t after = srt_min((unit + 1 < last ? row + 2 * SRT_UNIT : row + SRT_UNIT), p->w->m);
+        stretch next = {srt_row_values(p->w, row + count), srt_row_values(p->w, after)};
         for (int64_t token = 0; token < p->tokens; token += SRT_BLOCK_TOKENS)
-            multiply_panel(p, row, count, token, srt_min(token + SRT_BLOCK_TOKENS, p->tokens));
+            multiply_panel(p, row, count, token, srt_min(token + SRT_BLOCK_TOKENS, p->tokens), &next);
     }
 }
 

@@ -65,28 +65,37 @@ INLINE void next_dense(const char **from, uint32_t mask, int dtype, __m512 out[2
     *from += 64;
 }
 
-/* The next 32 columns of a row as two vectors of 16; moves *from. */
-INLINE void next_columns(const char **from, uint32_t mask, int dtype, __m512 out[2])
+/* The next `bytes` of values, and more. `narrow`: rarely more than half a vector, and half a vector is loaded, which
+ * crosses a cache line half as often (4096 x 4096 bf16 at 75 %, by hand: 0.80 ms, 0.89 with whole ones). */
+INLINE __m512i load_values(const char *from, int64_t bytes, int narrow)
 {
+    if (narrow && __builtin_expect(bytes <= 32, 1))
+        return _mm512_castsi256_si512(_mm256_loadu_si256((const void *)from));
+    return _mm512_loadu_si512(from);
+}
+
+/* The next 32 columns of a row as two vectors of 16; moves *from. */
+INLINE void next_columns(const char **from, uint32_t mask, int dtype, int narrow, __m512 out[2])
+{
+    ahead(*from);
     if (dtype == SRT_FP32) {
         uint32_t low = mask & 0xffff, high = mask >> 16;
-        const char *second = *from + 4 * popcount(low);
-        ahead(*from);
-        ahead(second);
-        out[0] = _mm512_castsi512_ps(expand_doubles((__mmask16)low, _mm512_loadu_si512(*from)));
-        out[1] = _mm512_castsi512_ps(expand_doubles((__mmask16)high, _mm512_loadu_si512(second)));
-        *from = second + 4 * popcount(high);
+        int64_t first = 4 * popcount(low), second = 4 * popcount(high);
+        out[0] = _mm512_castsi512_ps(expand_doubles((__mmask16)low, load_values(*from, first, narrow)));
+        *from += first;
+        out[1] = _mm512_castsi512_ps(expand_doubles((__mmask16)high, load_values(*from, second, narrow)));
+        *from += second;
         return;
     }
-    ahead(*from);
-    out_of_words(expand_words(mask, _mm512_loadu_si512(*from)), dtype, out);
-    *from += 2 * popcount(mask);
+    int64_t bytes = 2 * popcount(mask);
+    out_of_words(expand_words(mask, load_values(*from, bytes, narrow)), dtype, out);
+    *from += bytes;
 }
 
 /* out [tokens][16]: `rows` <= 4 rows from `row` on. Two sums for each row and token where there are registers for
- * them: one alone waits for itself. */
+ * them: one alone waits for itself (four are no faster). */
 INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int64_t ldx, int tokens, int dtype,
-                int kind, float *out)
+                int kind, int narrow, float *out)
 {
     const int chains = rows * tokens <= 8 ? 2 : 1;
     __m512 sums[FEW_ROWS * SRT_MAX_FEW];
@@ -114,7 +123,7 @@ INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int6
                 if (kind == SRT_KEEP_ALL)
                     next_dense(&from[r], mask, dtype, weights);
                 else
-                    next_columns(&from[r], mask, dtype, weights);
+                    next_columns(&from[r], mask, dtype, narrow, weights);
 #pragma GCC unroll 8
                 for (int t = 0; t < tokens; t++) {
                     const float *token = columns + t * ldx;
@@ -134,6 +143,12 @@ INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int6
         }
 }
 
+/* Whether 16 columns rarely have more than 8 values: 3 of 100 times at 70 %. */
+INLINE int is_sparse(const srt_weight *w, int64_t row)
+{
+    return 10 * (int64_t)(w->offsets[row + 1] - w->offsets[row]) <= 3 * w->n;
+}
+
 /* A unit is always cut alike: no thread and no other row decides how a row's sums are formed. */
 INLINE void few_of(const srt_weight *w, int64_t row, int64_t count, const float *x, int64_t ldx, int tokens, int dtype,
                    int kind, float *out)
@@ -141,9 +156,12 @@ INLINE void few_of(const srt_weight *w, int64_t row, int64_t count, const float 
     const int rows = tokens == 1 ? 1 : tokens <= 6 ? FEW_ROWS : 2;
     int64_t r = 0;
     for (; r + rows <= count; r += rows)
-        few(w, row + r, rows, x, ldx, tokens, dtype, kind, out + r);
+        if (tokens == 1 && kind == SRT_KEEP_BITMASK && is_sparse(w, row + r))
+            few(w, row + r, rows, x, ldx, tokens, dtype, kind, 1, out + r);
+        else
+            few(w, row + r, rows, x, ldx, tokens, dtype, kind, 0, out + r);
     for (; r < count; r++)
-        few(w, row + r, 1, x, ldx, tokens, dtype, kind, out + r);
+        few(w, row + r, 1, x, ldx, tokens, dtype, kind, 0, out + r);
 }
 
 #define FEW(T) few_of(w, row, count, x, ldx, T, dtype, kind, out)
@@ -182,7 +200,8 @@ TARGET static void few_rows(const srt_weight *w, int64_t row, int64_t count, con
 
 /* ---- more tokens: 4 rows of the panel x 6 tokens in registers ------------------------------------------------- */
 
-INLINE void tile_of(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums)
+INLINE void tile_of(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums,
+                    const char *ahead)
 {
     __m512 lanes[SRT_TILE_TOKENS][SRT_TILE_ROWS];
 #pragma GCC unroll 6
@@ -192,6 +211,7 @@ INLINE void tile_of(const float *panel, int64_t columns, const float *x, int64_t
             lanes[t][r] = _mm512_loadu_ps(sums + (t * SRT_UNIT + r) * SRT_LANES);
     for (int64_t c = 0; c < columns; c += SRT_LANES) {
         __m512 weights[SRT_TILE_ROWS];
+        _mm_prefetch(ahead + 4 * c, _MM_HINT_T1);
 #pragma GCC unroll 4
         for (int r = 0; r < SRT_TILE_ROWS; r++)
             weights[r] = _mm512_loadu_ps(panel + r * SRT_PANEL_STRIDE + c);
@@ -210,15 +230,16 @@ INLINE void tile_of(const float *panel, int64_t columns, const float *x, int64_t
             _mm512_storeu_ps(sums + (t * SRT_UNIT + r) * SRT_LANES, lanes[t][r]);
 }
 
-TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums)
+TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums,
+                        const char *ahead)
 {
     switch (tokens) {
-    case 1: tile_of(panel, columns, x, ldx, 1, sums); break;
-    case 2: tile_of(panel, columns, x, ldx, 2, sums); break;
-    case 3: tile_of(panel, columns, x, ldx, 3, sums); break;
-    case 4: tile_of(panel, columns, x, ldx, 4, sums); break;
-    case 5: tile_of(panel, columns, x, ldx, 5, sums); break;
-    default: tile_of(panel, columns, x, ldx, 6, sums);
+    case 1: tile_of(panel, columns, x, ldx, 1, sums, ahead); break;
+    case 2: tile_of(panel, columns, x, ldx, 2, sums, ahead); break;
+    case 3: tile_of(panel, columns, x, ldx, 3, sums, ahead); break;
+    case 4: tile_of(panel, columns, x, ldx, 4, sums, ahead); break;
+    case 5: tile_of(panel, columns, x, ldx, 5, sums, ahead); break;
+    default: tile_of(panel, columns, x, ldx, 6, sums, ahead);
     }
 }
 

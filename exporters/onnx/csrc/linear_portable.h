@@ -3,8 +3,11 @@
 #include "linear.h"
 #include "scalar_float.h"
 
-TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums)
+TARGET static void tile(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums,
+                        const char *ahead)
 {
+    for (int64_t c = 0; c < columns; c += SRT_LANES)
+        __builtin_prefetch(ahead + 4 * c);
     for (int64_t r = 0; r < SRT_TILE_ROWS; r++)
         for (int64_t t = 0; t < tokens; t++) {
             const float *weights = panel + r * SRT_PANEL_STRIDE, *row = x + t * ldx;
