@@ -7,6 +7,8 @@ goes through ONNX Runtime's routine and to disk before the next one is read.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,10 +60,20 @@ def quantize(dense: Path, output: Path, bits: int) -> dict[str, Any]:
     return {"bits": bits, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL, "quantized": replaced}
 
 
+@contextlib.contextmanager
+def _logging_as_it_is() -> Iterator[None]:
+    """Importing the quantizer configures the root logger, and every library would report to the terminal from then."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+
+
 def quantized(weight: np.ndarray, bits: int) -> dict[str, np.ndarray]:
     """Codes and scales of ``weight`` [in, out] float32, by ONNX Runtime's routine."""
     try:
-        from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
+        with _logging_as_it_is():
+            from onnxruntime.quantization import matmul_nbits_quantizer as quantizer
     except ImportError as error:
         version = require("onnxruntime", extra="onnx").__version__
         raise UserError(

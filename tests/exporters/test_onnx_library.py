@@ -1,5 +1,6 @@
 """The operators as a library in the real ONNX Runtime: against float64, on every instruction set, with bad files."""
 
+import ctypes
 import subprocess
 import sys
 import threading
@@ -285,3 +286,13 @@ def test_an_instruction_set_that_does_not_exist():
     with pytest.raises(BackendError, match="SPARSE_RT_NATIVE_ISA=mmx: .* allowed are scalar, avx2, avx512"):
         library.use_isa("mmx")
     assert library.isa() in ISAS
+
+
+def test_a_runtime_before_1_17_gets_no_operators():
+    """Its table of functions has no version 17: nothing is registered, nothing fails, the functions do the work."""
+    get_api = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_uint32)
+    asked = []
+    base = (ctypes.c_void_p * 2)(ctypes.cast(get_api(lambda version: asked.append(version)), ctypes.c_void_p), None)
+    register = ctypes.CDLL(str(library.path())).RegisterCustomOps
+    register.restype, register.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_void_p]
+    assert register(None, base) is None and asked == [17]
