@@ -24,8 +24,7 @@ from sparse_rt.config import Options, parse_size
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
-from sparse_rt.exporters.folder import copy_side_files
-from sparse_rt.exporters.vllm.exporter import reference_model
+from sparse_rt.exporters.folder import copy_side_files, reference_model
 from sparse_rt.formats import get_format
 from sparse_rt.formats.int8 import INT8, PLAIN, check_group_size, dequantize, quantize
 from sparse_rt.modelcard import derived_card

@@ -54,6 +54,7 @@ _FAMILIES = {
     "mistral": ("MistralConfig", {}),
     "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True)),
     "qwen3": ("Qwen3Config", dict(tie_word_embeddings=True, head_dim=16)),
+    "gemma": ("GemmaConfig", dict(tie_word_embeddings=True, head_dim=32)),
     "gemma2": (
         "Gemma2Config",
         dict(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
@@ -85,7 +86,7 @@ def tiny_model(folder: Path, family: str = "llama", dtype=torch.bfloat16, seed: 
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts biases at zero, which would hide a lost bias
             torch.nn.init.normal_(parameter, std=0.05)
-    if family == "gemma2":  # its embeddings are multiplied by sqrt(hidden): next to nothing else would be heard
+    if family.startswith("gemma"):  # its embeddings are multiplied by sqrt(hidden): next to nothing else would be heard
         with torch.no_grad():
             model.get_input_embeddings().weight *= 0.1
     model.to(dtype).save_pretrained(folder)

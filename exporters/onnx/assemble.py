@@ -13,16 +13,14 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor
 
-from sparse_rt.checkpoint import Checkpoint
+from sparse_rt.checkpoint import WeightEntry
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.onnx import functions, operands
+from sparse_rt.exporters.onnx import external, functions, operands
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.exporters.onnx.rows import JoinedCheckpoint
 from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Weight, checkpoint_key
 from sparse_rt.formats import VALUE_DTYPES, get_format
 
-DATA_NAME = "model.onnx.data"
-# ONNX Runtime maps the data file into memory, page by page.
-PAGE = 4096
 # Larger initializers that tracing left in the graph (embeddings of an unusual class) go back to their stored dtype.
 _LARGE = 1 << 16
 
@@ -43,14 +41,14 @@ class Assembler:
         self,
         folder: Path,
         proto: onnx.ModelProto,
-        checkpoint: Checkpoint,
+        checkpoint: JoinedCheckpoint,
         prefix: str,
         form: str,
         quantization: operands.Quantization | None = None,
     ):
         self.path, self.proto, self.checkpoint = folder / MODEL_NAME, proto, checkpoint
         self.prefix, self.form, self.quantization = prefix, form, quantization or operands.Quantization()
-        self.data_path = folder / DATA_NAME
+        self.data_path = folder / external.DATA_NAME
         self._stored: set[str] = set()
         self._casts: list[onnx.NodeProto] = []
 
@@ -117,13 +115,27 @@ class Assembler:
             return name, entry.dtype
         key = checkpoint_key(name, self.checkpoint.tensors, self.prefix)
         if key is None:
-            raise UserError(f"the checkpoint has no tensor {name}; this architecture cannot be exported to ONNX")
+            raise UserError(
+                f"the checkpoint has no tensor {name}; ONNX cannot carry this architecture: use transformers or vLLM, "
+                "or export --to dense"
+            )
         dtype = self.checkpoint.tensors[key].dtype
         if dtype not in VALUE_DTYPES:
-            raise UserError(f"{key} is {dtype}; the ONNX export takes {', '.join(map(str, VALUE_DTYPES))}")
+            raise UserError(
+                f"{key} is {dtype}; the ONNX export takes {', '.join(map(str, VALUE_DTYPES))}: convert the model again "
+                "with --dtype bfloat16"
+            )
         if name not in self._stored:
             self._store(name, self.checkpoint.load(key))
         return name, dtype
+
+    def entry_of(self, weight: Weight) -> WeightEntry:
+        """The checkpoint's entry of a compressed weight."""
+        return self.checkpoint.weights[self._weight_key(weight.owner)]
+
+    def members_of(self, weight: Weight) -> list[str]:
+        """The modules whose rows a compressed weight has."""
+        return list(self.checkpoint.members(self._weight_key(weight.owner)))
 
     def _weight_key(self, module: str) -> str:
         key = checkpoint_key(module, self.checkpoint.weights, self.prefix)
@@ -144,7 +156,7 @@ class Assembler:
         """Large initializers of the traced graph join the data file, the others (norms, constants) stay in it."""
         graph = self.proto.graph
         for initializer in list(graph.initializer):
-            if initializer.data_type != TensorProto.FLOAT or len(initializer.raw_data) < PAGE:
+            if initializer.data_type != TensorProto.FLOAT or len(initializer.raw_data) < external.PAGE:
                 continue
             tensor = torch.frombuffer(bytearray(initializer.raw_data), dtype=torch.float32)
             tensor = tensor.view(tuple(initializer.dims))
@@ -161,16 +173,7 @@ class Assembler:
         """An initializer in the data file at the next page; less than a page stays in the graph."""
         raw = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
         proto = TensorProto(name=name, data_type=_TYPES[tensor.dtype], dims=tensor.shape)
-        if len(raw) < PAGE:
-            proto.raw_data = raw.tobytes()
-        else:
-            self._data.write(bytes(-self._data.tell() % PAGE))
-            place = {"location": DATA_NAME, "offset": self._data.tell(), "length": len(raw)}
-            proto.data_location = TensorProto.EXTERNAL
-            for key, value in place.items():
-                proto.external_data.add(key=key, value=str(value))
-            self._data.write(raw)
-        self.proto.graph.initializer.append(proto)
+        self.proto.graph.initializer.append(external.store(proto, raw, self._data))
         self._stored.add(name)
 
 

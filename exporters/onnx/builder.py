@@ -159,7 +159,7 @@ def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, 
         if scale is not None:
             builder.embed_attrs["scale"] = float(scale)  # the builder's own is rounded to two digits
         builder.can_join = lambda names: can_join(checkpoint, [keys[name] for name in names], limit)
-        builder.make_model("")
+        _translated(lambda: builder.make_model(""), model.config.model_type)
     for joined, names in builder.groups.items():
         weights[joined] = _joined(joined, [weights[name] for name in names])
     return _proto(builder), {joined: tuple(keys[name] for name in names) for joined, names in builder.groups.items()}
@@ -198,13 +198,7 @@ def _new_builder(config: Any, architecture: str) -> Any:
         config.layer_types = ["sliding_attention"] * config.num_hidden_layers
     kind = type("Builder", (_Placeholders, base), {})
     dtype = onnx_ir.DataType.FLOAT
-    try:
-        builder = kind(config, dtype, dtype, "cpu", "", dict(_OPTIONS))
-    except NotImplementedError as error:
-        raise UserError(
-            f"the model builder of onnxruntime-genai does not build this {config.model_type} model: {error} "
-            "Use base=portable"
-        ) from error
+    builder = _translated(lambda: kind(config, dtype, dtype, "cpu", "", dict(_OPTIONS)), config.model_type)
     # The builder leaves the size of a head open, for caches of integers.
     for shapes in (builder.input_shapes, builder.output_shapes):
         for name, shape in shapes.items():
@@ -213,8 +207,21 @@ def _new_builder(config: Any, architecture: str) -> Any:
     return builder
 
 
+def _translated(call: Callable[[], Any], model_type: str) -> Any:
+    """What the builder gives; its errors for a configuration that it does not know become a ``UserError``."""
+    try:
+        return call()
+    except (NotImplementedError, AttributeError, KeyError, ValueError) as error:
+        kind = "" if isinstance(error, NotImplementedError) else f"{type(error).__name__}: "
+        reason = f"{kind}{error}".rstrip(".")
+        raise UserError(
+            f"the model builder of onnxruntime-genai does not build this {model_type} model ({reason}); "
+            "use base=portable"
+        ) from error
+
+
 def _joined(name: str, parts: list[Weight]) -> Weight:
-    return Weight(name, parts[0].kind, parts[0].columns)
+    return Weight(name, parts[0].kind, sum(part.rows for part in parts), parts[0].columns)
 
 
 def _key(module: str, checkpoint: Checkpoint, prefix: str) -> str | None:

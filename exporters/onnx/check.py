@@ -11,6 +11,7 @@ import torch
 
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed
+from sparse_rt.exporters.int8 import LIMIT as INT8_LIMIT
 from sparse_rt.exporters.onnx.engine import BASE_NOTE, MODEL_NAME
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.stored import StoredWeights
@@ -31,21 +32,18 @@ def check(source: Path, output: Path) -> dict[str, Any]:
     bit, then ONNX Runtime as it is and, where it can be had, with our operators: logits against torch float32 on the
     decompressed weights (prefill, single-token decode, left-padded batch) and 64 greedy tokens, fewer where the model
     has no positions for them. ``kernel`` says what ran the latter, whose figures begin with ``native_``. Where the file
-    has int8 values, torch gets the weights that these stand for, and ``int8_values_change_logits_by`` says what they
-    cost (a share of the largest logit).
+    has int8 values, torch gets the weights that these stand for, and ``int8_values_change_logits_by`` says what
+    rounding them on the way cost (relative, in the Frobenius norm).
     Raises ``CheckFailed`` with the numbers of the first comparison that does not hold.
     """
     require("onnxruntime", extra="onnx")
     path = output / MODEL_NAME
     _check_file(path)
-    stored = StoredWeights(Checkpoint.open(source), path)
-    figures: dict[str, Any] = {"weights_equal": stored.check()}
     reference = load(source, dtype=torch.float32, dequantize=True)
+    stored = StoredWeights(Checkpoint.open(source), path, reference.base_model_prefix)
+    figures: dict[str, Any] = {"weights_equal": stored.check()}
     if stored.quantized:
-        before = _torch_logits(reference, *_prompt(reference))
-        stored.put_into(reference)
-        after = _torch_logits(reference, *_prompt(reference))
-        figures["int8_values_change_logits_by"] = float(np.abs(after - before).max() / np.abs(before).max())
+        figures |= _round_reference(reference, stored)
     figures |= compare_runs(reference, OnnxModel(output, kernel="body"))
     model = OnnxModel(output)
     figures["kernel"] = model.kernel
@@ -54,6 +52,22 @@ def check(source: Path, output: Path) -> dict[str, Any]:
         native = compare_runs(reference, model, tolerance)
         figures |= {f"native_{name}": figure for name, figure in native.items()}
     return figures
+
+
+def _round_reference(reference: torch.nn.Module, stored: StoredWeights) -> dict[str, float]:
+    """Give ``reference`` the weights that int8 values of the file stand for; what that costs, if they are new."""
+    before = _torch_logits(reference, *_prompt(reference))
+    stored.put_into(reference)
+    if stored.source_is_int8:
+        return {}
+    change = _torch_logits(reference, *_prompt(reference)) - before
+    relative = float(np.linalg.norm(change) / np.linalg.norm(before))
+    if not relative <= INT8_LIMIT:
+        raise CheckFailed(
+            f"int8 values change the logits by {relative:.3g} of their norm (allowed {INT8_LIMIT:g}); give a "
+            "group_size, or keep the values"
+        )
+    return {"int8_values_change_logits_by": relative}
 
 
 def _check_file(path: Path) -> None:

@@ -78,10 +78,10 @@ class OnnxExporter(Exporter):
         if chosen.base == "genai":
             require("onnxruntime_genai", extra="genai")
         checkpoint = Checkpoint.open(source)
-        body = choose_body(checkpoint, chosen)
+        choose_body(checkpoint, chosen)  # refuses what no body can carry, before any work
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
-        from sparse_rt.exporters.onnx.manifest import write_manifest
+        from sparse_rt.exporters.onnx.manifest import describe_layers, write_manifest
         from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
@@ -90,18 +90,23 @@ class OnnxExporter(Exporter):
 
         if chosen.genai:
             genai.check_type(read_json(source / "config.json"))
+        how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
+        how.check(checkpoint)
         model, weights = open_skeleton(checkpoint)
+        dense = {weight.owner: weight.rows * weight.columns for weight in weights.values() if weight.kind == "linear"}
+        body = choose_body(checkpoint, chosen, sum(dense.values()))
         if chosen.base == "genai":
             proto, joined = builder.build(model, weights, checkpoint, MAX_FOLDED_WEIGHTS)
         else:
             proto, joined = trace(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
         stored = JoinedCheckpoint(checkpoint, joined)
-        how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
-        proto = Assembler(output, proto, stored, model.base_model_prefix, form, how).build(weights)
+        assembler = Assembler(output, proto, stored, model.base_model_prefix, form, how)
+        proto = assembler.build(weights)
+        layers = describe_layers(assembler, weights)
         note(proto, joined)
         opset = next(entry.version for entry in proto.opset_import if not entry.domain)
-        values = "int8" if any(how.is_int8(entry) for entry in stored.weights.values()) else "plain"
+        values = "int8" if any(layer.get("values") == "int8" for layer in layers.values()) else "plain"
         facts = {"base": chosen.base, "form": chosen.form, "body": body.name, "opset": opset, "values": values}
         proto = _finish(proto, checkpoint, facts)
         _save(proto, output, chosen)
@@ -111,7 +116,7 @@ class OnnxExporter(Exporter):
             genai.write_genai(output, proto, chosen.base, operators=chosen.form == "function")
         write_readme(output, checkpoint, facts, body.fold_bytes)
         facts |= {"body_reason": body.reason, "fold_bytes": body.fold_bytes}
-        write_manifest(output, checkpoint, facts, weights, how)
+        write_manifest(output, checkpoint, facts, layers)
         counts = {"sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
         return {**facts, **counts, "notes": [outlook(body)]}
 

@@ -9,12 +9,13 @@ from typing import Any
 from sparse_rt.checkpoint import read_json, write_json
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import library
+from sparse_rt.exporters.onnx.builder import CLASSES
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.kernels.native.build import BuildError
 
 CONFIG_NAME = "genai_config.json"
 # Their names are the same in transformers.
-KNOWN_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3")
+KNOWN_TYPES = tuple(CLASSES)
 
 
 def check_type(config: dict[str, Any]) -> None:

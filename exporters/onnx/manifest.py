@@ -8,6 +8,7 @@ from typing import Any
 
 from sparse_rt.checkpoint import MANIFEST_NAME, Checkpoint, file_digest, read_json, write_json
 from sparse_rt.checkpoint.config import Producer
+from sparse_rt.exporters.onnx.assemble import Assembler
 from sparse_rt.exporters.onnx.functions import VERSION
 from sparse_rt.exporters.onnx.skeleton import Weight
 
@@ -15,9 +16,7 @@ NAME = "sparse_rt.json"
 _TOOLS = ("onnx", "onnxscript", "torch", "transformers", "onnxruntime", "onnxruntime-genai")
 
 
-def write_manifest(
-    folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], weights: dict[str, Weight], how: Any
-) -> None:
+def write_manifest(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], layers: dict[str, Any]) -> None:
     """Write the manifest of ``folder``, without the result of a check, which ``add_check`` puts in."""
     source = checkpoint.folder / MANIFEST_NAME
     described = {
@@ -29,33 +28,38 @@ def write_manifest(
         },
         "export": facts,
         "versions": _versions(),
-        "layers": {name: _layer(name, weight, checkpoint, how) for name, weight in sorted(weights.items())},
+        "layers": layers,
         "check": None,
     }
     write_json(folder / NAME, described)
+
+
+def describe_layers(assembler: Assembler, weights: dict[str, Weight]) -> dict[str, Any]:
+    """What each node of the assembled graph that stands for a module of ``weights`` is."""
+    nodes = {node.name for node in assembler.proto.graph.node}
+    return {name: _layer(name, weights[name], assembler) for name in sorted(nodes & weights.keys())}
+
+
+def _layer(name: str, weight: Weight, assembler: Assembler) -> dict[str, Any]:
+    if weight.kind != "sparse":
+        tied = f"shares the weight of {weight.owner}" if weight.owner != name else None
+        return {"dense": tied or ("an embedding" if weight.kind == "embedding" else "dense in the checkpoint (ignore)")}
+    entry, how = assembler.entry_of(weight), assembler.quantization
+    described = {"pattern": entry.pattern, "shape": [entry.m, entry.n], "nnz": entry.nnz}
+    members = assembler.members_of(weight)
+    if len(members) > 1:
+        described["joins"] = members
+    if assembler.form == "dense":
+        return {"dense": "form=dense", **described}
+    if how.is_int8(entry):
+        return {**described, "values": "int8", "group_size": how.group_size_of(entry)}
+    return {**described, "values": str(entry.dtype).removeprefix("torch.")}
 
 
 def add_check(folder: Path, figures: dict[str, Any]) -> None:
     """Keep the figures of a check that was passed."""
     if (folder / NAME).is_file():
         write_json(folder / NAME, {**read_json(folder / NAME), "check": figures})
-
-
-def _layer(name: str, weight: Weight, checkpoint: Checkpoint, how: Any) -> dict[str, Any]:
-    keys = (name, *(key for key in checkpoint.weights if key.endswith(f".{name}") or name.endswith(f".{key}")))
-    entry = next((checkpoint.weights[key] for key in keys if key in checkpoint.weights), None)
-    if entry is None:
-        tied = f"shares the weight of {weight.owner}" if weight.owner != name else None
-        reason = tied or ("an embedding" if weight.kind == "embedding" else "dense in the checkpoint (ignore)")
-        return {"dense": reason}
-    int8 = how.is_int8(entry)
-    return {
-        "pattern": entry.pattern,
-        "shape": [entry.m, entry.n],
-        "nnz": entry.nnz,
-        "values": "int8" if int8 else str(entry.dtype).removeprefix("torch."),
-        **({"group_size": how.group_size_of(entry)} if int8 else {}),
-    }
 
 
 def _versions() -> dict[str, str]:

@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_rt.checkpoint import Checkpoint, WeightEntry
+from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import functions
+from sparse_rt.exporters.onnx.rows import JoinedCheckpoint
 from sparse_rt.formats import VALUES_NAME, get_format, int8
 from sparse_rt.formats.packing import row_offsets
 
@@ -25,6 +27,17 @@ class Quantization:
     quantize: bool = False
     group_size: int | None = None
     activations: str = "int8"
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """``UserError`` for a choice that would have no effect on ``checkpoint``."""
+        stored = {entry.group_size for entry in checkpoint.weights.values() if entry.values == int8.INT8}
+        if stored and self.group_size not in {None, *stored}:
+            raise UserError(
+                f"group_size={self.group_size} was asked for, the folder has int8 values already (group_size "
+                f"{', '.join(map(str, stored))}); leave it out, or export the model before it was rounded"
+            )
+        if self.activations != "int8" and not (stored or self.quantize):
+            raise UserError(f"activations={self.activations} is for int8 values; add values=int8, or leave it out")
 
     def is_int8(self, entry: WeightEntry) -> bool:
         return self.quantize or entry.values == int8.INT8
@@ -46,7 +59,7 @@ def operator(entry: WeightEntry, how: Quantization) -> tuple[str, dict[str, Any]
     return name, attributes, parts if name == "Sparse24Linear" else (*parts, OFFSETS_NAME)
 
 
-def tensors(checkpoint: Checkpoint, key: str, how: Quantization) -> tuple[Tensor, ...]:
+def tensors(checkpoint: JoinedCheckpoint, key: str, how: Quantization) -> tuple[Tensor, ...]:
     """The tensors of weight ``key`` in the order of ``operator``, in the bytes of the checkpoint where it has them."""
     entry = checkpoint.weights[key]
     fmt, shape = get_format(entry.pattern), (entry.m, entry.n)

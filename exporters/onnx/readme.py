@@ -8,8 +8,8 @@ from typing import Any
 import onnx
 
 from sparse_rt.checkpoint import Checkpoint
-from sparse_rt.exporters.onnx.assemble import DATA_NAME
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.exporters.onnx.external import DATA_NAME
 from sparse_rt.exporters.onnx.manifest import NAME as MANIFEST_NAME
 from sparse_rt.report import size
 
@@ -81,15 +81,18 @@ model.
 
 _PLAIN = "Weights have the bits and the dtype of the checkpoint."
 _INT8 = """\
-Kept weights are int8 values (`weight_values`) times a float32 scale (`weight_scale`) of their row, or of as many of its
-columns as the attribute `group_size` says; dense layers have the bits of the checkpoint. With `accuracy_level` 4 our
-operators round activations to int8, too, on processors with AVX-512 VNNI; everything else takes them as float32."""
+Kept weights are int8 values (`weight_values`) times a float32 scale (`weight_scale`) of their row or of a group of its
+columns; dense layers have the bits of the checkpoint."""
+_ROUNDED = """ With `accuracy_level` 4 our operators round activations to int8, too, on processors with
+AVX-512 VNNI; everything else takes them as float32."""
+_NODES = """ A compressed layer is a node named after its module, with its
+pattern and sparsity."""
 
 _BODIES = {
     "folding": """\
 The body is *folding*: without a kernel for the operators, ONNX Runtime decompresses the weights once, while it opens
 the session, and then runs dense float32 MatMuls: expect the speed and, in the end, the memory of a dense model. What
-stays small is the file. Opening takes up to {fold} bytes a weight until folding ends, about {peak} here, and glibc
+stays small is the file. Opening takes about {peak} until folding ends (31 bytes a weight were measured), and glibc
 keeps what was freed until `ctypes.CDLL("libc.so.6").malloc_trim(0)`. If that is too much, export with
 `body=streaming` (small in memory, slow) or `form=dense` (opens quickly).
 
@@ -99,9 +102,10 @@ take the same memory and time.
 """,
     "streaming": """\
 The body is *streaming*: without a kernel for the operators, ONNX Runtime decompresses 64 rows at a time in every call.
-The weights stay compressed in memory, and every call pays for it: a token took about 30 times as long as with the dense
+Compressed weights stay compressed in memory (layers that are not are widened to float32), and every call pays for it:
+a token took about 30 times as long as with the dense
 form on a Llama with 51 million sparse weights (ONNX Runtime 1.31, one thread). Folding them once while opening
-(`body=folding`) would take up to {fold} bytes a weight, about {peak} here; for speed without a
+(`body=folding`) would take about {peak}; for speed without a
 kernel export with `form=dense`.
 """,
 }
@@ -125,7 +129,11 @@ def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fo
     if facts["form"] == "dense" and base == "portable":
         form += _TENSORRT
     if facts["body"]:
-        body = "\n" + _BODIES[facts["body"]].format(fold=fold_bytes // total, peak=size(fold_bytes))
+        body = "\n" + _BODIES[facts["body"]].format(peak=size(fold_bytes))
+    values = _INT8 if facts["values"] == "int8" else _PLAIN
+    nodes = _NODES if facts["form"] == "function" else ""
+    if facts["form"] == "function" and facts["values"] == "int8":
+        values += _ROUNDED
     sizes = "\n".join(f"| `{name}` | {size((folder / name).stat().st_size)} |" for name in (MODEL_NAME, DATA_NAME))
     text = f"""# ONNX export of a sparse model
 
@@ -149,8 +157,7 @@ Activations are float32.
 ## What is inside
 
 {form}{body}{_JOINED if base == "genai" else ""}
-{_INT8 if facts["values"] == "int8" else _PLAIN} `metadata_props` of the model (`sparse_rt.*`) hold form,
-body and pattern; a compressed layer is a node named after its module, with its pattern and sparsity. `{MANIFEST_NAME}`
-lists every layer, and says why it is dense where it is.
+{values} `metadata_props` of the model (`sparse_rt.*`) hold form, body and pattern.{nodes} `{MANIFEST_NAME}` lists
+every layer, and says why it is dense where it is.
 """
     (folder / "README.md").write_text(text)

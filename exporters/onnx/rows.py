@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_rt.checkpoint import Checkpoint, WeightEntry
+from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.exporters.onnx.functions import DOMAIN
 from sparse_rt.formats import get_format
 
@@ -34,11 +34,13 @@ def can_join(checkpoint: Checkpoint, modules: Iterable[str], limit: int) -> bool
     return len(kinds) == 1 and sum(m * n for m, n in shapes) < limit
 
 
-class JoinedCheckpoint(Checkpoint):
-    """``checkpoint`` with the weights of every group (names of the checkpoint) replaced by one; see ``can_join``."""
+class JoinedCheckpoint:
+    """What an export reads of ``checkpoint``, the weights of every group (names of the checkpoint) joined to one.
+
+    See ``can_join`` for what may be joined; methods are those of ``Checkpoint``.
+    """
 
     def __init__(self, checkpoint: Checkpoint, groups: Groups):
-        self.__dict__.update(checkpoint.__dict__)
         self._parts, self._groups = checkpoint, groups
         self.weights, self.tensors = dict(checkpoint.weights), dict(checkpoint.tensors)
         for name, parts in groups.items():
@@ -51,9 +53,9 @@ class JoinedCheckpoint(Checkpoint):
                 shape = (sum(entry.shape[0] for entry in found), found[0].shape[1])
                 self.tensors[f"{name}.weight"] = dataclasses.replace(found[0], shape=shape)
 
-    def original(self, name: str) -> WeightEntry:
-        """A compressed weight of the checkpoint before anything was joined."""
-        return self._parts.weights[name]
+    def members(self, name: str) -> dict[str, int]:
+        """What a compressed weight was joined from, itself if from nothing: name in the checkpoint -> rows."""
+        return {part: self._parts.weights[part].m for part in self._groups.get(name, (name,))}
 
     def load(self, name: str) -> Tensor:
         parts = self._groups.get(name.removesuffix(".weight"))

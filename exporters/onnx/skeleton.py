@@ -29,6 +29,7 @@ class Weight:
 
     owner: str
     kind: Literal["sparse", "linear", "embedding"]
+    rows: int
     columns: int
 
 
@@ -114,11 +115,12 @@ def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]
     for name, module in layers:
         owner = owners.get(id(module.weight), name)
         if isinstance(module, nn.Embedding):
-            weights[name] = Weight(owner, "embedding", module.embedding_dim)
+            weights[name] = Weight(owner, "embedding", module.num_embeddings, module.embedding_dim)
             _take_embedding(name, module)
         elif type(module) is nn.Linear:
             sparse = checkpoint_key(name, checkpoint.weights, prefix) is not None
-            weights[name] = Weight(name if sparse else owner, "sparse" if sparse else "linear", module.in_features)
+            kind, owner = ("sparse", name) if sparse else ("linear", owner)
+            weights[name] = Weight(owner, kind, module.out_features, module.in_features)
             model.set_submodule(name, _Linear(name, module))
     return weights
 
@@ -128,7 +130,7 @@ def _check_coverage(checkpoint: Checkpoint, weights: dict[str, Weight]) -> None:
     if found != len(checkpoint.weights):
         raise UserError(
             f"the checkpoint has {len(checkpoint.weights)} compressed weights, the model has {found} of them as "
-            "linear layers; this architecture cannot be exported to ONNX"
+            "linear layers; ONNX cannot carry this architecture: use transformers or vLLM, or export --to dense"
         )
 
 
@@ -142,13 +144,14 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
             key = checkpoint_key(name, checkpoint.tensors, model.base_model_prefix)
             if key is None:
                 raise UserError(
-                    f"parameter {name} of {type(model).__name__} is not in the checkpoint under that name; this "
-                    "architecture cannot be exported to ONNX"
+                    f"parameter {name} of {type(model).__name__} is not in the checkpoint under that name; ONNX cannot "
+                    "carry this architecture: use transformers or vLLM, or export --to dense"
                 )
             loaded = nn.Parameter(checkpoint.load(key).float(), requires_grad=False)
             if loaded.shape != parameter.shape:
                 raise UserError(
-                    f"{key} has shape {tuple(loaded.shape)}, {type(model).__name__} needs {tuple(parameter.shape)}"
+                    f"{key} has shape {tuple(loaded.shape)}, {type(model).__name__} needs {tuple(parameter.shape)}; "
+                    "config.json and weights do not fit, copy or convert the model again"
                 )
             module._parameters[own] = loaded
         for own, buffer in module._buffers.items():

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import torch
-from onnx import external_data_helper, numpy_helper
 
 from sparse_rt.checkpoint import Checkpoint, WeightEntry
 from sparse_rt.errors import CheckFailed
+from sparse_rt.exporters.int8 import HALF_STEP
+from sparse_rt.exporters.onnx import external
 from sparse_rt.exporters.onnx.functions import QUANTIZED
 from sparse_rt.exporters.onnx.operands import ACCURACY_LEVELS
 from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, noted
+from sparse_rt.exporters.onnx.skeleton import checkpoint_key
 from sparse_rt.formats import get_format, int8
 
 _PARTS = ("weight_values", "weight_meta", "weight_bitmask", "row_offsets", int8.SCALES_NAME, "weight")
-# A value may lie half a step from what it stands for; the quotient is rounded, too.
-_HALF_STEP = 0.5 * (1 + 1e-5)
 
 
 class StoredWeights:
-    """The compressed weights of ``checkpoint`` as the ONNX file ``path`` has them."""
+    """The weights of ``checkpoint`` as the ONNX file ``path`` has them; ``prefix`` is that of the base model."""
 
-    def __init__(self, checkpoint: Checkpoint, path: Path):
-        self.folder, self.count = path.parent, len(checkpoint.weights)
+    def __init__(self, checkpoint: Checkpoint, path: Path, prefix: str = "model"):
+        self.folder, self.count, self.prefix = path.parent, len(checkpoint.weights), prefix
+        self.source_is_int8 = any(entry.values == int8.INT8 for entry in checkpoint.weights.values())
         proto = onnx.load(str(path), load_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
-        self._groups = noted(proto)
-        self.joined = JoinedCheckpoint(checkpoint, self._groups)
-        self._modules = _module_names(self.joined, self._tensors)
+        self.joined = JoinedCheckpoint(checkpoint, noted(proto))
+        self._modules = self._module_names()
         self._attributes = {
             node.name: {entry.name: entry.i for entry in node.attribute}
             for node in proto.graph.node
@@ -49,34 +48,47 @@ class StoredWeights:
         return ACCURACY_LEVELS["int8"] in levels
 
     def check(self) -> int:
-        """Compare every compressed weight with the checkpoint; returns how many. ``CheckFailed`` names the first.
+        """Compare every weight with the checkpoint; returns how many compressed ones. ``CheckFailed`` names the first.
 
-        Bit for bit, and int8 values that the checkpoint does not have within half a step of what it has.
+        Bit for bit; int8 values that the checkpoint does not have: within half a step of what it has, where a step is
+        1/127 of the largest weight of its group.
         """
         for key, entry in self.joined.weights.items():
             parts = self._parts(key)
             wrong = self._wrong_int8(key, entry, parts) if int8.SCALES_NAME in parts else self._wrong(key, entry, parts)
             if wrong:
                 raise CheckFailed(
-                    f"weight {key}: {wrong} of {entry.m * entry.n} weights in the ONNX file differ from the checkpoint"
+                    f"weight {key}: {wrong} of {entry.m * entry.n} weights in the ONNX file differ from the "
+                    "checkpoint; export again"
                 )
+        for name, tensor in self._tensors.items():
+            key = checkpoint_key(name, self.joined.tensors, self.prefix)
+            if key is None or not name.endswith(".weight") or len(tensor.dims) < 2:
+                continue  # norms are float32 in the graph, and some graphs add to them
+            if not np.array_equal(external.read(tensor, self.folder).view(np.uint8), _bytes(self.joined.load(key))):
+                raise CheckFailed(f"dense weight {key} in the ONNX file differs from the checkpoint; export again")
         return self.count
 
     def put_into(self, model: torch.nn.Module) -> None:
         """Give the linear layers of the dense float32 ``model`` the weights that int8 values of the file stand for."""
-        prefix = model.base_model_prefix
         modules = dict(model.named_modules())
         for key, entry in self.joined.weights.items():
             parts = self._parts(key)
             if int8.SCALES_NAME not in parts:
                 continue
             weight = torch.from_numpy(self._widened(key, entry, parts))
-            names = self._groups.get(key, (key,))
-            rows = [self.joined.original(name).m for name in names]
-            for name, piece in zip(names, weight.split(rows), strict=True):
-                found = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-                module = next(modules[candidate] for candidate in found if candidate in modules)
-                module.weight.data.copy_(piece)
+            members = self.joined.members(key)
+            for name, piece in zip(members, weight.split(list(members.values())), strict=True):
+                modules[checkpoint_key(name, modules, self.prefix)].weight.data.copy_(piece)
+
+    def _module_names(self) -> dict[str, str]:
+        """Checkpoint name -> module name in the ONNX file (they may differ by the base model's prefix)."""
+        owners = {name.rpartition(".")[0] for name in self._tensors}
+        names = {key: checkpoint_key(key, owners, self.prefix) for key in self.joined.weights}
+        missing = [key for key, name in names.items() if name is None]
+        if missing:
+            raise CheckFailed(f"weight {missing[0]} of the checkpoint is not in the ONNX file; export again")
+        return names
 
     def _wrong(self, key: str, entry: WeightEntry, parts: dict[str, np.ndarray]) -> int:
         fmt = get_format(entry.pattern)
@@ -93,9 +105,18 @@ class StoredWeights:
             return int((found != fmt.decompress(values, metadata, *shape).numpy()).sum())
         values, metadata = self.joined.load_weight(key)
         expected = fmt.decompress(values.float(), metadata, *shape).numpy()
-        far = np.abs(found - expected) > _HALF_STEP * self._steps(key, entry, parts)
+        steps = self._steps(key, entry, parts)
+        coarse = np.abs(steps - self._largest(key, expected)) > 1e-6 * steps
+        far = np.abs(found - expected) > HALF_STEP * steps
         mask = fmt.unpack_mask(metadata, *shape).numpy()
-        return int((far | ((found != 0) & ~mask)).sum())
+        return int((((far | coarse) & mask) | ((found != 0) & ~mask)).sum())
+
+    def _largest(self, key: str, weight: np.ndarray) -> np.ndarray:
+        """1/127 of the largest absolute weight of every group, for every weight."""
+        m, n = weight.shape
+        size = self._group_size(key) or n
+        groups = np.pad(np.abs(weight), ((0, 0), (0, -n % size))).reshape(m, -1, size)
+        return np.repeat(groups.max(-1) / np.float32(int8.HIGHEST), size, axis=1)[:, :n]
 
     def _widened(self, key: str, entry: WeightEntry, parts: dict[str, np.ndarray]) -> np.ndarray:
         integers = decode("unstructured", entry.m, entry.n, parts)
@@ -116,7 +137,7 @@ class StoredWeights:
 
     def _parts(self, key: str) -> dict[str, np.ndarray]:
         named = {part: self._tensors.get(f"{self._modules[key]}.{part}") for part in _PARTS}
-        return {part: _read(tensor, self.folder) for part, tensor in named.items() if tensor is not None}
+        return {part: external.read(tensor, self.folder) for part, tensor in named.items() if tensor is not None}
 
 
 def decode(pattern: str, m: int, n: int, parts: dict[str, np.ndarray]) -> np.ndarray:
@@ -132,32 +153,17 @@ def decode(pattern: str, m: int, n: int, parts: dict[str, np.ndarray]) -> np.nda
     offsets = parts["row_offsets"]
     kept = np.unpackbits(parts["weight_bitmask"], axis=1, count=n, bitorder="little").astype(bool)
     if not np.array_equal(np.diff(offsets), kept.sum(1)) or offsets[0] != 0:
-        raise CheckFailed("row_offsets contradict the bitmask")
+        raise CheckFailed("row_offsets in the ONNX file contradict the bitmask; export again")
     dense[kept] = values[: offsets[-1]]
     return dense
-
-
-def _module_names(checkpoint: Checkpoint, tensors: dict[str, Any]) -> dict[str, str]:
-    """Checkpoint name -> module name in the ONNX file (they may differ by the base model's prefix)."""
-    owners = {name.rpartition(".")[0] for name in tensors}
-    names = {}
-    for key in checkpoint.weights:
-        found = [o for o in owners if o == key or o.endswith(f".{key}") or key.endswith(f".{o}")]
-        if len(found) != 1:
-            raise CheckFailed(f"weight {key} of the checkpoint is not in the ONNX file")
-        names[key] = found[0]
-    return names
-
-
-def _read(tensor: onnx.TensorProto, folder: Path) -> np.ndarray:
-    loaded = onnx.TensorProto()
-    loaded.CopyFrom(tensor)  # the data goes with the copy, not with the model
-    if external_data_helper.uses_external_data(loaded):
-        external_data_helper.load_external_data_for_tensor(loaded, str(folder))
-    return numpy_helper.to_array(loaded)
 
 
 def _bits(tensor: torch.Tensor) -> np.ndarray:
     """The raw bits of a float tensor as integers, so that -0.0 differs from 0.0."""
     integer = torch.int32 if tensor.dtype.itemsize == 4 else torch.int16
     return tensor.contiguous().view(integer).numpy()
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """The bytes of a tensor [m, n] in its own order: uint8 [m, n * size]."""
+    return tensor.contiguous().view(torch.uint8).numpy()

@@ -40,7 +40,7 @@ class _KVCacheModel(nn.Module):
 
 
 def trace(model: nn.Module, opset: int) -> Any:
-    """The ONNX model (``onnx.ModelProto``) of ``model`` after ``take_weights``; float32 activations.
+    """The ONNX model (``onnx.ModelProto``) of a skeleton; float32 activations.
 
     Inputs input_ids [batch, sequence], attention_mask [batch, past + sequence], position_ids [batch, sequence] (where
     the model takes them) and past_key_values.{i}.key/value [batch, kv heads, past, head dim]; outputs logits and

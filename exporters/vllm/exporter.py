@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
-from sparse_rt.exporters.dense import DenseExporter
+from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.vllm.agreement import NEAR_TIE_ULPS, compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
-from sparse_rt.exporters.vllm.parallel import EXPERTS
 
 README_NAME = "README.vllm.md"  # the model card keeps its name, and the manifest its digest
 CHECK_PROMPTS = ("The first thing to know is", "def main(arguments):\n", "In the year 2000, ")
@@ -91,20 +89,6 @@ class VLLMExporter(Exporter):
                 result,
             )
         return result
-
-
-def reference_model(folder: Path, **options: Any):
-    """The model in transformers; with the same weights dense where it cannot hold them compressed (experts).
-
-    ``options`` go to ``from_pretrained``.
-    """
-    from sparse_rt.hf.load import load
-
-    if not any(EXPERTS in name.split(".") for name in Checkpoint.open(folder).weights):
-        return load(folder, **options)
-    with tempfile.TemporaryDirectory(prefix="sparse-rt-dense-") as dense:
-        DenseExporter().export(Path(folder), Path(dense))
-        return load(dense, **options)
 
 
 def _place(source: Path, target: Path) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from sparse_rt.benchmarking.models import Pair, read_files, temporary_folder
 from sparse_rt.benchmarking.onnx_sides import Side, chosen_sides, compared, write_sides
-from sparse_rt.benchmarking.rows import Row, all_in_turn, calls_for, calls_note, generation_rows
+from sparse_rt.benchmarking.rows import Row, all_in_turn, calls_for, generation_rows
 from sparse_rt.child import in_fresh_process
 from sparse_rt.config import BenchOptions
 from sparse_rt.exporters.folder import file_sizes
@@ -31,11 +31,13 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
     needed = (len(sides) + 1) * dense_bytes + len(sides) * pair.sparse.total_bytes
     with temporary_folder(needed, "the exported ONNX models", "") as temporary:
         folders, facts = write_sides(sides, pair.sparse.folder, temporary, progress)
-        rows = Comparison(sides, folders, pair.vocabulary, options, progress).rows(phases)
+        comparison = Comparison(sides, folders, pair.vocabulary, options, progress)
+        rows = comparison.rows(phases)
     settings = {
         "threads": torch.get_num_threads(),
         "onnxruntime": require("onnxruntime", "onnx").__version__,
         "exported": facts,
+        "kernels": comparison.kernels,
         "dense_linear": "MatMul of ONNX Runtime on the decompressed weights",
     }
     if options.quantized:
@@ -46,7 +48,7 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
 
 
 class Comparison:
-    """The rows of exported folders, by the names of their sides."""
+    """The rows of exported folders, by the names of their sides; ``kernels`` says what ran those of ours."""
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class Comparison:
     ):
         self.pairs, self.folders, self.vocabulary = compared(sides), folders, vocabulary
         self.options, self.progress = options, progress
+        self.ours = [side.name for side in sides if side.ours]
+        self.kernels: dict[str, str] = {}
 
     def rows(self, phases: list[str]) -> list[Row]:
         rows: list[Row] = []
@@ -71,10 +75,13 @@ class Comparison:
             rows += self.load_rows()
         if "memory" in phases:
             rows += self.memory_rows()
-        if "prefill" in phases or "decode" in phases:
-            sessions = {side: _open(folder) for side, folder in self.folders.items()}
-            for batch in self.options.batch:
-                rows += [row for row in self.generation_rows(sessions, batch, phases) if row.phase in phases]
+        generating = "prefill" in phases or "decode" in phases
+        if set(phases) - {"disk"}:
+            opened = self.folders if generating else self.ours
+            sessions = {side: _open(self.folders[side]) for side in opened}
+            self.kernels = {side: sessions[side].kernel for side in self.ours}
+        for batch in self.options.batch if generating else ():
+            rows += [row for row in self.generation_rows(sessions, batch, phases) if row.phase in phases]
         return rows
 
     def load_rows(self) -> list[Row]:
@@ -126,7 +133,8 @@ class Comparison:
             for side, generation in generations.items()
         }
         samples = self._in_turn(taken, f"prefill and decode, batch {batch}")
-        note = calls_note(calls)
+        several = f"each sample is the median of {calls} prompts, or the mean of all steps after them"
+        note = several if calls > 1 else None
         return [
             row
             for other, ours in self.pairs
@@ -167,7 +175,10 @@ class Generation:
         self.ids = np.random.default_rng(0).integers(0, vocabulary, (batch, prompt_tokens))
 
     def sample(self, steps: int, calls: int) -> tuple[float, float]:
-        """Median seconds of a prefill and of one decode step (0 steps: 0.0) over ``calls`` generations."""
+        """Seconds of a prefill, the median of ``calls`` generations, and of one decode step, the mean of all of theirs.
+
+        0 steps: 0.0.
+        """
         prefills, decodes = [], []
         for _ in range(calls):
             self.session.generate(self.ids, steps + 1)

@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import onnx
-from onnx import TensorProto, external_data_helper, helper, numpy_helper
+from onnx import TensorProto, external_data_helper, helper
 
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.onnx.assemble import DATA_NAME, PAGE
+from sparse_rt.exporters.onnx import external
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.optional import require
 
@@ -40,7 +40,7 @@ def quantize(dense: Path, output: Path, bits: int) -> dict[str, Any]:
     producers = {name: node for node in graph.node for name in node.output}
     nodes: list[onnx.NodeProto] = []
     tensors: list[TensorProto] = []
-    with (output / DATA_NAME).open("wb") as data:
+    with (output / external.DATA_NAME).open("wb") as data:
         for node in graph.node:
             weight = _constant(node.input[1], producers, stored, dense) if node.op_type == "MatMul" else None
             if weight is None or weight.ndim != 2:
@@ -95,7 +95,7 @@ def _constant(
 ) -> np.ndarray | None:
     """What ``name`` holds where that is a stored tensor or Cast to float32 and Transpose of one; otherwise None."""
     if name in stored:
-        return numpy_helper.to_array(_loaded(stored[name], folder))
+        return external.read(stored[name], folder)
     node = producers.get(name)
     if node is None or node.op_type not in ("Cast", "Transpose"):
         return None
@@ -106,15 +106,6 @@ def _constant(
     if node.op_type == "Transpose":
         return found.transpose(attributes.get("perm"))
     return found.astype(np.float32) if attributes["to"] == TensorProto.FLOAT else None
-
-
-def _loaded(tensor: TensorProto, folder: Path) -> TensorProto:
-    """``tensor`` with its data, wherever that lies."""
-    loaded = TensorProto()
-    loaded.CopyFrom(tensor)  # the data goes with the copy, not with the model
-    if external_data_helper.uses_external_data(loaded):
-        external_data_helper.load_external_data_for_tensor(loaded, str(folder))
-    return loaded
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> tuple[list[onnx.NodeProto], set[str]]:
@@ -139,22 +130,9 @@ def _moved(tensor: TensorProto, folder: Path, data: BinaryIO) -> TensorProto:
     if not external_data_helper.uses_external_data(tensor):
         return tensor
     header = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
-    return _store(header, _loaded(tensor, folder).raw_data, data)
+    return external.store(header, external.loaded(tensor, folder).raw_data, data)
 
 
 def _stored(name: str, array: np.ndarray, data: BinaryIO) -> TensorProto:
     kind = helper.np_dtype_to_tensor_dtype(array.dtype)
-    return _store(TensorProto(name=name, data_type=kind, dims=array.shape), array.tobytes(), data)
-
-
-def _store(tensor: TensorProto, raw: bytes, data: BinaryIO) -> TensorProto:
-    """Give ``tensor`` its data: at the next page of the data file, as our exporter does it, or in the graph."""
-    if len(raw) < PAGE:
-        tensor.raw_data = raw
-        return tensor
-    data.write(bytes(-data.tell() % PAGE))
-    tensor.data_location = TensorProto.EXTERNAL
-    for key, value in {"location": DATA_NAME, "offset": data.tell(), "length": len(raw)}.items():
-        tensor.external_data.add(key=key, value=str(value))
-    data.write(raw)
-    return tensor
+    return external.store(TensorProto(name=name, data_type=kind, dims=array.shape), array.tobytes(), data)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions
+from sparse_rt.exporters.onnx.exporter import OnnxExporter
 from sparse_rt.progress import Progress
 
 
@@ -27,11 +27,6 @@ class Side:
     ours: bool = False
     lossy: bool = False
 
-    @property
-    def known(self) -> bool:
-        """Whether this version of the exporter can write it."""
-        return set(self.export) <= set(OnnxOptions.model_fields)
-
 
 TABLE = (
     Side("dense", export={"form": "dense"}),
@@ -44,7 +39,7 @@ TABLE = (
 
 def chosen_sides(quantized: bool) -> list[Side]:
     """The sides of a run, in the order in which they take turns."""
-    return [side for side in TABLE if side.known and (quantized or not side.lossy)]
+    return [side for side in TABLE if quantized or not side.lossy]
 
 
 def compared(sides: list[Side]) -> list[tuple[str, str]]:

@@ -94,19 +94,19 @@ class SparseConfig(BaseModel):
                 f"config.json: format_version {version!r}, this build reads {FORMAT_VERSION}; "
                 "install a newer sparse-rt or convert the model again"
             )
+        values = data.get("values", PLAIN)
+        if isinstance(values, str) and values not in (PLAIN, INT8):  # first: such values may bring keys of their own
+            raise FormatError(
+                f"config.json: values are stored as {values!r}, this build reads {PLAIN!r} and {INT8!r}; "
+                "install a newer sparse-rt or convert the model again"
+            )
         try:
-            config = cls(**data)
+            return cls(**data)
         except ValidationError as error:
             problem = error.errors()[0]
             where = ".".join(str(part) for part in problem["loc"])
             message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix to a UserError of ours
             raise FormatError(f"config.json: quantization_config.{where}: {message}") from error
-        if config.values not in (PLAIN, INT8):
-            raise FormatError(
-                f"config.json: values are stored as {config.values!r}, this build reads {PLAIN!r} and {INT8!r}; "
-                "install a newer sparse-rt or convert the model again"
-            )
-        return config
 
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it.

@@ -189,7 +189,7 @@ class Checkpoint(ModelFolder):
         if stored != (config.values, config.group_size):
             raise FormatError(
                 f"{file}: weight {name} has values {stored[0]!r} and group_size {stored[1]!r}, config.json says "
-                f"{config.values!r} and {config.group_size!r}"
+                f"{config.values!r} and {config.group_size!r}; copy the folder again, or convert or export it again"
             )
         for suffix in stored_names(pattern, config.values):
             if f"{name}.{suffix}" not in self.tensors:
@@ -219,7 +219,8 @@ class Checkpoint(ModelFolder):
         dtype = described.get("dtype")
         if not isinstance(dtype, str) or dtype not in int8.DTYPE_NAMES:
             raise FormatError(
-                f"{file}: int8 weight {name} has dtype {dtype!r}; allowed are {', '.join(int8.DTYPE_NAMES)}"
+                f"{file}: int8 weight {name} has dtype {dtype!r}; allowed are {', '.join(int8.DTYPE_NAMES)}; "
+                f"{int8.REMEDY}"
             )
         return int8.DTYPE_NAMES[dtype]
 

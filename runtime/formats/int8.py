@@ -21,6 +21,7 @@ SCALES_NAME = "weight_scale"
 GROUP_SIZES = (64, 128, 256)
 DTYPE_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in VALUE_DTYPES}
 HIGHEST = 127
+REMEDY = "copy the folder again or export it again"
 # A smaller scale would have too few bits itself, and processors that flush denormals would read it as 0.
 _SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
@@ -79,13 +80,15 @@ def check_header(
     """Dtypes of values and scales, and the scales' ``shape``; what a plain weight has is checked by its format."""
     values_dtype, scales_dtype = dtypes
     if values_dtype != torch.int8:
-        raise FormatError(f"{name}.{VALUES_NAME} is {values_dtype}, a weight with values 'int8' needs torch.int8")
+        raise FormatError(
+            f"{name}.{VALUES_NAME} is {values_dtype}, a weight with values 'int8' needs torch.int8; {REMEDY}"
+        )
     want = scales_shape(m, n, group_size)
     if scales_dtype != torch.float32 or tuple(shape) != want:
         per = "row" if group_size is None else f"{group_size} columns"
         raise FormatError(
             f"{name}.{SCALES_NAME} is {scales_dtype} {tuple(shape)}, an int8 weight of ({m}, {n}) with a scale per "
-            f"{per} needs torch.float32 {want}"
+            f"{per} needs torch.float32 {want}; {REMEDY}"
         )
 
 
@@ -99,14 +102,15 @@ def check_data(
     if len(wrong):
         row, column = fmt.unpack_mask(metadata, m, n).nonzero()[int(wrong[0])].tolist()
         raise FormatError(
-            f"{name}.{VALUES_NAME} holds -128 at row {row}, column {column}; int8 values lie in -{HIGHEST}..{HIGHEST}"
+            f"{name}.{VALUES_NAME} holds -128 at row {row}, column {column}; int8 values lie in -{HIGHEST}..{HIGHEST}; "
+            f"{REMEDY}"
         )
     wrong = (~(torch.isfinite(scales) & (scales >= 0))).nonzero()
     if len(wrong):
         row, group = wrong[0].tolist()
         raise FormatError(
             f"{name}.{SCALES_NAME} holds {scales[row, group].item()} at row {row}, group {group}; scales are finite "
-            "and not negative"
+            f"and not negative; {REMEDY}"
         )
 
 

@@ -10,7 +10,10 @@ The result, which ``report.json`` holds as it is (times in seconds, sizes in byt
                   busy_during: cores that other processes kept busy (None where that cannot be read)
     machine_line  the same as one line
     settings      prompt_tokens, new_tokens, train_tokens, repeats, batch, request_rate, num_prompts
-    engines       per engine the settings both sides ran with
+    engines       per engine the settings both sides ran with; those of onnx hold
+                  exported: what the exporter said of each model, and kernels: what multiplied the compressed layers of
+                  each of ours, "native (avx512)" or another instruction set, or "body", the functions of the file ({}
+                  where no model was opened)
     backends      per operation which backend ran the compressed layers
     rows          engine, phase, what, batch, unit ("s" | "bytes"), note,
                   dense, sparse: median, min, max, samples; sample i of both is one pair, taken one after the other
@@ -172,7 +175,7 @@ def measure(pair: Pair, options: BenchOptions, phases: list[str], progress: Prog
         "backends": backends,
         "rows": described,
         "slower": where_sparse_loses(described),
-        "warnings": busy_warnings(facts),
+        "warnings": busy_warnings(facts) + kernel_warnings(engines),
         "notes": notes_on(pair, options),
     }
 
@@ -229,6 +232,21 @@ def busy_warnings(facts: dict[str, Any]) -> list[str]:
     return [
         f"the machine was not idle: other processes kept up to {busy:.1f} of its cores busy, so the figures are noisy; "
         "run again on an idle machine"
+    ]
+
+
+def kernel_warnings(engines: dict[str, dict[str, Any]]) -> list[str]:
+    """A sentence when models of ours were measured without our operators."""
+    kernels = engines.get("onnx", {}).get("kernels", {})
+    bodies = [side for side, kernel in kernels.items() if kernel == "body"]
+    if not bodies:
+        return []
+    from sparse_rt.exporters.onnx import library
+
+    reason = library.unavailable_reason() or "the session did not take them"
+    return [
+        f"ONNX Runtime ran the functions in the file in place of our operators ({', '.join(bodies)}), so these figures "
+        f"say nothing about the operators: {reason}"
     ]
 
 

@@ -112,6 +112,10 @@ def test_sizes_that_contradict_the_shape(folder):
         ({"pattern": "9:3"}, "quantization_config.pattern: pattern '9:3'"),
         ({"pattern": 124}, "is a number|in quotes"),
         ({"values": "int4"}, "values are stored as 'int4', this build reads 'plain' and 'int8'"),
+        (
+            {"values": "int4", "zero_points": True, "group_size": 32},
+            "values are stored as 'int4', .*install a newer sparse-rt",
+        ),
         ({"values": "int8"}, "has values 'plain' and group_size None, config.json says 'int8' and None"),
         (
             {"values": "int8", "group_size": 96},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from onnx import TensorProto
 from onnx.reference import ReferenceEvaluator
-from onnx_models import operator_model, random_weight, session
+from onnx_models import operator_model, operator_tensors, quantized_weight, random_weight, session
 
 from sparse_rt.exporters.onnx import functions
 
@@ -65,16 +65,30 @@ def test_half_precision_activations_keep_their_dtype(body):
     assert np.abs(y.astype(np.float64) - expected.double().numpy()).max() <= 2e-3 * expected.abs().max().item()
 
 
+# A pattern for every operator; 70 rows are more than a block, 100 columns no whole bytes and no whole groups.
+OPERATORS = {
+    "unstructured": "BitmaskLinear",
+    "2:4": "Sparse24Linear",
+    "int8 64": functions.QUANTIZED,
+    "dense": functions.DENSE,
+}
+
+
+@pytest.mark.parametrize("body", functions.BODIES)
+@pytest.mark.parametrize("pattern", OPERATORS)
 @pytest.mark.parametrize("opset", [18, 21, 23])
-def test_function_opset_follows_the_model(opset):
-    for body in functions.BODIES:
-        weight = random_weight(8, 16, "4:8")
-        model = operator_model(weight, "4:8", body, opset=opset)
-        assert [entry.version for entry in model.functions[0].opset_import] == [opset]
-        onnx.checker.check_model(model, full_check=True)
-        x = torch.randn(2, 16)
-        (y,) = session(model).run(None, {"x": x.numpy()})
-        np.testing.assert_allclose(y, (x @ weight.T).numpy(), atol=1e-5)
+def test_function_opset_follows_the_model(opset, pattern, body):
+    weight = random_weight(70, 100, pattern)
+    model = operator_model(weight, pattern, body, opset=opset)
+    (function,) = model.functions
+    assert function.name == OPERATORS[pattern] and [entry.version for entry in function.opset_import] == [opset]
+    onnx.checker.check_model(model, full_check=True)
+    if pattern == "int8 64":
+        weight = quantized_weight(operator_tensors(weight, pattern), 70, 100, 64)
+    x = torch.randn(3, 100)
+    for run in (session(model).run, ReferenceEvaluator(model).run):
+        (y,) = run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(y, (x.double() @ weight.double().T).numpy(), atol=1e-4)
 
 
 def test_the_cut_of_padding_columns_is_only_left_out_on_promise():

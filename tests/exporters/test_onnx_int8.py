@@ -1,5 +1,7 @@
 """BitmaskLinearQ, int8 values with scales: the body and the library against float64 in the real ONNX Runtime."""
 
+import json
+
 import numpy as np
 import onnx
 import pytest
@@ -20,10 +22,12 @@ from onnx_models import (
 )
 
 import helpers
+from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.config import ExportOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import functions
 from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions
+from sparse_rt.exporters.onnx.operands import Quantization
 from sparse_rt.workflows.export import export
 
 PATTERNS = ("int8", "int8 64", "int8 128", "int8 256")
@@ -207,6 +211,66 @@ def test_models_are_rounded_on_the_way(tmp_path, family, pattern, options):
     proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
     kinds = {entry.data_type for entry in proto.graph.initializer if entry.name.endswith(".weight_values")}
     assert kinds == {onnx.TensorProto.INT8}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "group_size", "options"),
+    [
+        ("2:4", None, {}),
+        ("unstructured", 64, {"base": "genai"}),
+        ("unstructured", 128, {"form": "inline"}),
+        ("4:8", 64, {"form": "dense"}),
+        ("2:4", 128, {"base": "genai", "activations": "float32"}),
+    ],
+)
+def test_folders_of_int8_values_keep_their_integers(tmp_path, pattern, group_size, options):
+    dense = helpers.tiny_model(tmp_path / "dense", "llama", num_hidden_layers=1)
+    plain = helpers.compress_folder(dense, tmp_path / "plain", pattern)
+    source, output = tmp_path / "int8", tmp_path / "onnx"
+    given = {"to": "int8", "options": {"group_size": group_size}}
+    export(ExportOptions.build(model=str(plain), output_dir=source, **given))
+    result = export(ExportOptions.build(model=str(source), output_dir=output, to="onnx", check=True, options=options))
+    check = result["check"]
+    assert check["weights_equal"] == 7 and check["greedy_equal"] == check["greedy_tokens"] == 64
+    assert "int8_values_change_logits_by" not in check
+    proto = onnx.load(str(output / "model.onnx"))
+    integers = {t.name: t for t in proto.graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    down = json.loads((output / "sparse_rt.json").read_text())["layers"]["model.layers.0.mlp.down_proj"]
+    if options.get("form") == "dense":
+        assert not integers and result["facts"]["values"] == "plain"
+        assert down == {"dense": "form=dense", "pattern": pattern, "shape": [64, 160], "nnz": 64 * 80}
+        assert "int8 values" not in (output / "README.md").read_text()
+        return
+    assert down["values"] == "int8" and down["group_size"] == group_size
+    stored = integers["model.layers.0.mlp.down_proj.weight_values"]
+    q, _, _ = Checkpoint.open(source).load_quantized("model.layers.0.mlp.down_proj")
+    assert np.array_equal(onnx.numpy_helper.to_array(stored), q.flatten().numpy())
+
+
+def test_choices_that_would_have_no_effect_are_refused(tmp_path):
+    dense = helpers.tiny_model(tmp_path / "dense", "llama", num_hidden_layers=1)
+    plain = helpers.compress_folder(dense, tmp_path / "plain", "unstructured")
+    given = {"to": "int8", "options": {"group_size": 64}}
+    export(ExportOptions.build(model=str(plain), output_dir=tmp_path / "int8", **given))
+    rounded = Checkpoint.open(tmp_path / "int8")
+    Quantization(activations="float32").check(rounded)
+    Quantization(quantize=True, group_size=64).check(rounded)
+    with pytest.raises(UserError, match=r"has int8 values already \(group_size 64\); leave it out"):
+        Quantization(quantize=True, group_size=256).check(rounded)
+    with pytest.raises(UserError, match="activations=float32 is for int8 values"):
+        Quantization(activations="float32").check(Checkpoint.open(plain))
+
+
+def test_check_sees_scales_that_are_too_coarse(tmp_path):
+    """Every value is then within half of *their* step of nothing at all."""
+    output, _ = exported(tmp_path, "llama", "unstructured", values="int8")
+    proto = onnx.load(str(output / "model.onnx"), load_external_data=False)
+    scales = next(t for t in proto.graph.initializer if t.name == "model.layers.0.mlp.up_proj.weight_scale")
+    made = onnx.numpy_helper.to_array(scales) * np.float32(300)
+    scales.raw_data = made.tobytes()
+    (output / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckFailed, match=r"weight model.layers.0.mlp.up_proj: \d+ of .* differ"):
+        OnnxExporter().check(tmp_path / "sparse", output)
 
 
 def test_check_sees_a_wrong_int8_value_and_a_wrong_scale(tmp_path):

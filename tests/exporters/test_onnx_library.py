@@ -6,6 +6,7 @@ import sys
 import threading
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -24,14 +25,16 @@ from onnx_models import (
 
 from sparse_rt.errors import BackendError, UserError
 from sparse_rt.exporters.onnx import engine, library
+from sparse_rt.exporters.onnx.stored import decode
 
 PATTERNS = ("unstructured", "2:4", "4:8", "dense")
-# One column, one byte, whole words of 64 and a rest, more than one panel of 4096 columns; one row, 16 and a rest.
+# One column, one byte, whole words of 64, a column less and one more, longer rests, more than one panel of 4096
+# columns; one row, 16 and a rest.
 SHAPES = {
-    "unstructured": [(1, 1), (5, 7), (16, 8), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
+    "unstructured": [(1, 1), (5, 7), (16, 8), (9, 63), (33, 64), (9, 65), (17, 100), (40, 600), (20, 1024), (18, 4700)],
     "2:4": [(1, 4), (7, 12), (33, 64), (17, 100), (40, 600), (20, 1024), (18, 4700)],
     "4:8": [(3, 8), (33, 64), (40, 600)],
-    "dense": [(1, 1), (5, 7), (33, 64), (17, 100), (40, 600), (18, 4700)],
+    "dense": [(1, 1), (5, 7), (9, 63), (33, 64), (9, 65), (17, 100), (40, 600), (18, 4700)],
 }
 TOKENS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 17, 97)
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -89,11 +92,35 @@ def test_a_weight_without_any_value():
 
 
 def test_special_values_survive():
-    """Infinities and negative zeros are values like any other, and a NaN stays in its row."""
+    """An infinity and a stored -0.0 are values like any other, and a NaN stays in its row."""
+    weight, tensors = special_values()
+    model = operator_model(weight, "unstructured", None, tensors=tensors)
+    (y,), calls = counted(lambda: native(model).run(None, {"x": np.eye(64, dtype="f4")}))
+    assert calls == 1 and y[1, 0] == np.inf and np.isnan(y[2, 1]) and y[3, 2] == 1.0
+    assert np.isfinite(y[:, 2]).all() and y[9, 2] == 0.0
+
+
+def test_a_stored_negative_zero_keeps_its_sign_where_weights_are_decompressed(tmp_path):
+    """By the check of an export, and in the weight that ONNX Runtime folds. A product has no use for it."""
+    weight, tensors = special_values()
+    names = {"weight_values": "values", "weight_bitmask": "mask", "row_offsets": "row_offsets"}
+    parts = {part: tensors[name].numpy() for part, name in names.items()}
+    model = operator_model(weight, "unstructured", "folding", tensors=tensors)
+    session(model, optimized_model_filepath=str(tmp_path / "folded.onnx"))
+    graph = onnx.load(str(tmp_path / "folded.onnx")).graph
+    (folded,) = (tensor for tensor in graph.initializer if list(tensor.dims) == [64, 3])
+    for found in (decode("unstructured", 3, 64, parts), onnx.numpy_helper.to_array(folded).T):
+        assert found[2, 9] == 0.0 and np.signbit(found[2, 9]) and np.signbit(found).sum() == 1
+        assert found[0, 1] == np.inf and np.isnan(found[1, 2]) and found[2, 3] == 1.0
+
+
+def special_values():
+    """A weight [3, 64] and its tensors: in row 0 an infinity, in row 1 a NaN, in row 2 a 1 and a stored -0.0."""
     weight = torch.zeros(3, 64)
-    weight[0, 1], weight[1, 2], weight[2, 3] = float("inf"), float("nan"), 1.0
-    (y,) = native(operator_model(weight, "unstructured", None)).run(None, {"x": np.eye(64, dtype="f4")})
-    assert y[1, 0] == np.inf and np.isnan(y[2, 1]) and y[3, 2] == 1.0 and np.isfinite(y[:, 2]).all()
+    weight[0, 1], weight[1, 2], weight[2, 3], weight[2, 9] = float("inf"), float("nan"), 1.0, 5.0
+    tensors = operator_tensors(weight, "unstructured")
+    tensors["values"][-1] = weight[2, 9] = -0.0
+    return weight, tensors
 
 
 @pytest.mark.parametrize("isa", ISAS)

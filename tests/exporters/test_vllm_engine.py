@@ -23,9 +23,9 @@ from legacy_folders import compressed_tensors_folder, dense_folder
 from sparse_rt import assets
 from sparse_rt.checkpoint import CheckpointWriter, SourceCheckpoint, SparseConfig, read_header
 from sparse_rt.checkpoint.header import METADATA_KEY
+from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.int8 import Int8Exporter
 from sparse_rt.exporters.vllm.agreement import compare, greedy
-from sparse_rt.exporters.vllm.exporter import reference_model
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load
 

@@ -10,9 +10,9 @@ import torch
 
 import helpers
 from sparse_rt.errors import UserError
+from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
-from sparse_rt.exporters.vllm.exporter import reference_model
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow

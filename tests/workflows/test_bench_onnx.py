@@ -13,13 +13,16 @@ from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 import helpers
 from sparse_rt.benchmarking.onnx_quantized import BLOCK_SIZE, quantize
 from sparse_rt.benchmarking.onnx_sides import Side, chosen_sides, compared
+from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.config import BenchOptions
+from sparse_rt.exporters.onnx import library
 from sparse_rt.exporters.onnx.exporter import OnnxExporter
 from sparse_rt.exporters.onnx.generation import OnnxModel
-from sparse_rt.workflows.bench import bench, table_rows
+from sparse_rt.workflows.bench import bench, kernel_warnings, table_rows
 
 # Large enough that weights stand out from what else a session allocates.
 SIZES = dict(hidden_size=256, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=4)
+OURS = ("sparse", "sparse int8")
 AGAINST = ("dense", "int8 MatMulNBits", "int4 MatMulNBits")
 
 
@@ -43,12 +46,12 @@ def run(sparse, **changes):
     return bench(BenchOptions.build(**fields))
 
 
-def rows_of(result, phase):
-    """The rows of the engine with models of today; more appear with further forms of ours."""
+def rows_of(result, phase, ours="sparse"):
+    """The rows of the engine in which ``ours`` meets the others."""
     return [
         row
         for row in result["rows"]
-        if row["engine"] == "onnx" and row["phase"] == phase and row["models"]["sparse"] == "sparse"
+        if row["engine"] == "onnx" and row["phase"] == phase and row["models"]["sparse"] == ours
     ]
 
 
@@ -59,24 +62,34 @@ def whole_run(sparse, one_thread, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("ours", OURS)
 @pytest.mark.parametrize("phase", ["disk", "load", "prefill", "decode"])
-def test_the_sparse_file_meets_every_other_model(whole_run, phase):
-    rows = rows_of(whole_run[0], phase)
+def test_both_files_of_ours_meet_every_other_model(whole_run, phase, ours):
+    rows, plain = rows_of(whole_run[0], phase, ours), rows_of(whole_run[0], phase)
     assert [row["models"]["dense"] for row in rows] == list(AGAINST)
-    assert [row["what"].partition(", ")[2] for row in rows] == ["", *(f"against {name}" for name in AGAINST[1:])]
-    for row in rows:
-        assert row["sparse"] == rows[0]["sparse"]  # one measurement of ours, in turn with all the others
+    name = "" if ours == "sparse" else f"{ours} "
+    expected = [name.strip(), *(f"{name}against {other}" for other in AGAINST[1:])]
+    assert [row["what"].partition(", ")[2] for row in rows] == expected
+    for row, other in zip(rows, plain, strict=True):
+        # One measurement of each model, in turn with all the others.
+        assert row["sparse"] == rows[0]["sparse"] and row["dense"] == other["dense"]
         ratios = [a / b for a, b in zip(row["dense"]["samples"], row["sparse"]["samples"], strict=True)]
         assert row["ratio"]["samples"] == ratios and row["ratio"]["median"] == statistics.median(ratios)
         assert len(ratios) == (1 if phase == "disk" else 2) and min(row["dense"]["samples"]) > 0
+    assert (rows[0]["sparse"] != plain[0]["sparse"]) == (ours != "sparse")
 
 
 @pytest.mark.slow
-def test_files_are_as_large_as_their_weights(whole_run):
+def test_files_are_as_large_as_their_weights(whole_run, sparse):
     dense, int8, int4 = (row["dense"]["median"] for row in rows_of(whole_run[0], "disk"))
     weights = 3 * (2 * 256 * 256 + 2 * 256 * 128 + 3 * 256 * 1024) + 4096 * 256  # linear layers and the head
     assert dense - int8 == pytest.approx(weights * (2 - 1 - 4 / BLOCK_SIZE), rel=0.02)
     assert int8 - int4 == pytest.approx(weights * 0.5, rel=0.02)
+    plain, rounded = (rows_of(whole_run[0], "disk", ours)[0] for ours in OURS)
+    # Our int8: one byte of the two of every kept value, and a float32 scale a row.
+    saved = sum(entry.nnz - 4 * entry.m for entry in Checkpoint.open(sparse).weights.values())
+    assert plain["sparse"]["median"] - rounded["sparse"]["median"] == pytest.approx(saved, rel=0.02)
+    assert rounded["ratio"]["median"] > plain["ratio"]["median"] > 1
 
 
 @pytest.mark.slow
@@ -90,6 +103,11 @@ def test_table_report_and_settings_name_the_models(whole_run):
     assert (report / "report.png").read_bytes().startswith(b"\x89PNG")
     settings = result["engines"]["onnx"]
     assert "not lossless" in settings["quantized"] and settings["exported"]["int4 MatMulNBits"]["bits"] == 4
+    assert [settings["exported"][name]["values"] for name in OURS] == ["plain", "int8"]
+    assert "onnx decode, batch 1, sparse int8 against int4 MatMulNBits" in markdown
+    native = f"native ({library.isa()})"
+    assert settings["kernels"] == dict.fromkeys(OURS, native)
+    assert not any("in place of our operators" in warning for warning in result["warnings"])
 
 
 @pytest.mark.slow
@@ -104,6 +122,10 @@ def test_memory_is_that_of_a_process_of_its_own(sparse, one_thread):
         anonymous, resident, peak = (rows[kind, other]["dense"]["median"] for kind in kinds)
         assert 0 < anonymous < resident <= peak
     assert rows[kinds[0], "dense"]["dense"]["median"] > 4 * 3 * 3 * 256 * 1024  # float32 weights of the blocks
+    rounded = rows_of(result, "memory", "sparse int8")
+    assert [(row["what"].partition(", ")[0], row["models"]["dense"]) for row in rounded] == [*rows]
+    assert all(row["ratio"]["median"] > 1.1 for row in rounded[: len(AGAINST)])
+    assert set(result["engines"]["onnx"]["kernels"]) == set(OURS)
 
 
 @pytest.mark.slow
@@ -111,13 +133,23 @@ def test_without_the_quantized_models(sparse, one_thread):
     result = run(sparse, phase=["disk", "prefill"], repeats=1, quantized=False)
     assert {row["models"]["dense"] for row in result["rows"]} == {"dense"}
     assert set(result["engines"]["onnx"]["exported"]) == {"dense", "sparse"}
+    assert set(result["engines"]["onnx"]["kernels"]) == {"sparse"}
     assert "quantized" not in result["engines"]["onnx"] and not any("MatMulNBits" in note for note in result["notes"])
+
+
+@pytest.mark.slow
+def test_a_run_without_our_operators_is_no_measurement_of_them(sparse, one_thread, monkeypatch):
+    monkeypatch.setattr(library, "unavailable_reason", lambda: "no C compiler was found; install one")
+    result = run(sparse, phase=["load"], repeats=1, quantized=False)
+    assert result["engines"]["onnx"]["kernels"] == {"sparse": "body"}
+    (warning,) = kernel_warnings(result["engines"])
+    assert warning in result["warnings"]
+    assert "in place of our operators (sparse)" in warning and warning.endswith("no C compiler was found; install one")
 
 
 def test_sides_are_lines_of_a_table():
     assert [side.name for side in chosen_sides(False)] == ["dense", "sparse"]
-    assert [side.name for side in chosen_sides(True)][:4] == ["dense", "sparse", *AGAINST[1:]]
-    assert not Side("later", export={"something": "new"}).known
+    assert [side.name for side in chosen_sides(True)] == ["dense", "sparse", *AGAINST[1:], "sparse int8"]
     sides = [Side("dense"), Side("sparse", ours=True), Side("int4", bits=4), Side("sparse int8", ours=True)]
     assert compared(sides) == [
         ("dense", "sparse"),

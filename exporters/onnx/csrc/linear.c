@@ -15,7 +15,8 @@ static const srt_linear *const best_first[] = {
     &srt_linear_scalar,
 };
 
-static const srt_linear *linear = &srt_linear_scalar;
+/* Chosen anew with every session, while others may be multiplying. */
+static _Atomic(const srt_linear *) linear = &srt_linear_scalar;
 
 int srt_use_linear(const char *name)
 {
@@ -100,7 +101,7 @@ static void expand(const product *p, int64_t row, int64_t count, int64_t at, int
             memset(out, 0, sizeof(float) * (size_t)(columns + SRT_LANES));
             continue;
         }
-        const uint8_t *meta = w->meta + (row + r) * srt_meta_bytes(w) + at / 8;
+        const uint8_t *meta = w->meta ? w->meta + (row + r) * srt_meta_bytes(w) + at / 8 : NULL;
         if (w->dtype == SRT_INT8) {
             from[r] = expand_bytes(p, row + r, at, columns, from[r], out);
         } else if (w->kind == SRT_KEEP_ALL) {

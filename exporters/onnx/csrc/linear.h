@@ -72,8 +72,8 @@ typedef struct {
     void (*few_order)(const float *x, int64_t ldx, int dtype, float *out);
 
     /* sums [tokens][16][16 lanes] += 4 rows of a panel, SRT_PANEL_STRIDE apart, times x [tokens <= 6][ldx], over
-     * `columns` columns, a multiple of 16. For 16 of them each a cache line from `ahead` on is fetched, which may be any
-     * address. */
+     * `columns` columns, a multiple of 16. For 16 of them each a cache line from `ahead` on is fetched; any address
+     * will do. */
     void (*tile)(const float *panel, int64_t columns, const float *x, int64_t ldx, int tokens, float *sums,
                  const char *ahead);
     /* out [16] = the sums of the lanes of sums [16][16]. */

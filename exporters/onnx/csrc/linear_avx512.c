@@ -100,8 +100,8 @@ INLINE void few(const srt_weight *w, int64_t row, int rows, const float *x, int6
     const int chains = rows * tokens <= 8 ? 2 : 1;
     __m512 sums[FEW_ROWS * SRT_MAX_FEW];
     const char *from[FEW_ROWS];
-    const uint8_t *meta = w->meta + row * srt_meta_bytes(w);
     const int64_t stride = srt_meta_bytes(w);
+    const uint8_t *meta = kind == SRT_KEEP_ALL ? NULL : w->meta + row * stride;
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
         from[r] = srt_row_values(w, row + r);

@@ -17,7 +17,7 @@ enum { INT8_ACTIVATIONS = 4 };
 typedef struct {
     OrtCustomOp base; /* first: ONNX Runtime hands its address back */
     const char *name, *metadata;
-    int x_type, kind;
+    int x_type, kind, quantized;
     size_t inputs;
 } operator;
 
@@ -162,14 +162,14 @@ static OrtStatus *weight_of(const kernel *k, const tensor in[MAX_INPUTS], srt_we
     OrtStatus *status = k->op->kind == SRT_KEEP_ALL ? rows_of_dense(k, values, &m) : rows_of_metadata(k, in, &m);
     if (status)
         return status;
-    int quantized = k->op->inputs == MAX_INPUTS, dtype = quantized ? SRT_INT8 : number_of(values->type);
+    int dtype = k->op->quantized ? SRT_INT8 : number_of(values->type);
     if (dtype < 0)
         return refuse(k, "values must be float, float16 or bfloat16");
     *w = (srt_weight){.values = values->data, .m = m, .n = n, .kind = k->op->kind, .dtype = dtype};
     w->values_end = w->values + values->count * srt_value_bytes(dtype);
     w->meta = k->op->kind == SRT_KEEP_ALL ? NULL : in[2].data;
     w->offsets = k->op->kind == SRT_KEEP_BITMASK ? in[3].data : NULL;
-    return quantized ? scales_of(k, in + 4, w) : NULL;
+    return k->op->quantized ? scales_of(k, in + 4, w) : NULL;
 }
 
 static OrtStatus *check_once(kernel *k, const srt_weight *w, int64_t values)
@@ -243,9 +243,9 @@ static OrtStatus *create(const OrtCustomOp *op, const OrtApi *api, const OrtKern
         return api->CreateStatus(ORT_FAIL, "sparse_rt: no memory for a kernel");
     k->api = api, k->op = (const operator *)op, k->constant = 1;
     OrtStatus *status = api->KernelInfoGetAttribute_int64(info, "in_features", &k->in_features);
-    if (!status && k->op->inputs == MAX_INPUTS)
+    if (!status && k->op->quantized)
         status = api->KernelInfoGetAttribute_int64(info, "group_size", &k->group_size);
-    if (!status && k->op->inputs == MAX_INPUTS)
+    if (!status && k->op->quantized)
         status = api->KernelInfoGetAttribute_int64(info, "accuracy_level", &k->accuracy_level);
     for (size_t i = 1; i < k->op->inputs && !status; i++) {
         const OrtValue *value = NULL;
@@ -276,7 +276,7 @@ static const char *on_cpu(const OrtCustomOp *op) { return (void)op, NULL; }
 static int input_type(const OrtCustomOp *op, size_t index)
 {
     const operator *of = (const operator *)op;
-    const int values = of->inputs == MAX_INPUTS ? ORT_INT8 : ORT_UNDEFINED;
+    const int values = of->quantized ? ORT_INT8 : ORT_UNDEFINED;
     const int types[MAX_INPUTS] = {of->x_type, values, ORT_UINT8, ORT_INT32, ORT_FLOAT};
     return types[index];
 }
@@ -297,7 +297,8 @@ static int any_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
                  .GetVariadicInputMinArity = one, .GetVariadicInputHomogeneity = one,                                  \
                  .GetVariadicOutputMinArity = one, .GetVariadicOutputHomogeneity = one, .CreateKernelV2 = create,      \
                  .KernelComputeV2 = compute, .GetStartVersion = one, .GetEndVersion = any_version},                    \
-        .name = NAME, .metadata = METADATA, .x_type = TYPE, .kind = KIND, .inputs = INPUTS,                            \
+        .name = NAME, .metadata = METADATA, .x_type = TYPE, .kind = KIND, .quantized = INPUTS == MAX_INPUTS,           \
+        .inputs = INPUTS,                                                                                              \
     }
 
 #define OF_EVERY_TYPE(NAME, METADATA, KIND, INPUTS)                                                                    \
