@@ -52,6 +52,16 @@ def weight(pattern: str, m: int, n: int, sparsity: float | None, dtype: torch.dt
     return Weight(*fmt.compress(dense, mask), pattern, m, n, dense.double())
 
 
+def patchy(m: int, n: int, dtype: torch.dtype) -> Weight:
+    """An unstructured weight of 90 % zeros in which every eighth group of 20 columns is full: kernels that load what a
+    sparse row has at most must notice."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(m, n, generator=generator) >= 0.9
+    mask[:, torch.arange(n) // 20 % 8 == 3] = True
+    dense = torch.where(mask, torch.randn(m, n, generator=generator), 0.0).to(dtype)
+    return Weight(*get_format("unstructured").compress(dense, mask), "unstructured", m, n, dense.double())
+
+
 def layouts(pattern: str, dtype: torch.dtype) -> list[str]:
     """What the instruction set in use multiplies with."""
     runs = library.load().handle.srt_packed_runs

@@ -23,6 +23,7 @@ from onnx_models import (
     session,
 )
 
+from packed_cases import patchy
 from sparse_rt.errors import BackendError, UserError
 from sparse_rt.exporters.onnx import engine, library
 from sparse_rt.exporters.onnx.stored import decode
@@ -89,6 +90,17 @@ def test_a_weight_without_any_value():
         None, {"x": np.ones((2, 64), "f4")}
     )
     assert not y.any()
+
+
+@pytest.mark.parametrize("values", TYPES, ids=str)
+def test_full_columns_in_a_sparse_weight(values):
+    """Rows of 90 % zeros are read by half vectors, which these columns do not fit into."""
+    w = patchy(40, 1000, values)
+    runtime = native(operator_model(w.dense.to(values), "unstructured", None))
+    for tokens in (1, 2, 4):
+        x = torch.randn(tokens, 1000)
+        (y,) = runtime.run(None, {"x": x.numpy()})
+        assert relative_error(y, x.double() @ w.dense.T) <= TOLERANCE[torch.float32]
 
 
 def test_special_values_survive():

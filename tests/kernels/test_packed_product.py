@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from packed_cases import assert_close, layouts, shifted, weight
+from packed_cases import assert_close, layouts, patchy, shifted, weight
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.native.packed import DTYPES
 
@@ -47,6 +47,14 @@ def test_equals_float64(isa, pattern, sparsity, dtype):
                 expected = plain[:tokens] if b is None else plain[:tokens] + b.double()
                 assert y.dtype == dtype
                 assert_close(y, expected, layout, (m, n), f"{tokens} tokens, bias {b is not None}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_full_columns_in_a_sparse_weight(isa, dtype):
+    w = patchy(40, 1000, dtype)
+    x = torch.randn(4, 1000).to(dtype)
+    for layout, tokens in itertools.product(layouts("unstructured", dtype), (1, 2, 3, 4)):
+        assert_close(product(x[:tokens], w, w.pack(layout)), x[:tokens].double() @ w.dense.T, layout, tokens)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
