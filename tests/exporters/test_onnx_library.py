@@ -112,18 +112,17 @@ def test_special_values_survive():
     assert np.isfinite(y[:, 2]).all() and y[9, 2] == 0.0
 
 
-def test_a_stored_negative_zero_keeps_its_sign_where_weights_are_decompressed(tmp_path):
-    """By the check of an export, and in the weight that ONNX Runtime folds. A product has no use for it."""
+def test_special_values_are_decompressed(tmp_path):
+    """To the bit by the check of an export; ONNX Runtime's Where makes 0.0 of a -0.0 when it folds the body."""
     weight, tensors = special_values()
     names = {"weight_values": "values", "weight_bitmask": "mask", "row_offsets": "row_offsets"}
-    parts = {part: tensors[name].numpy() for part, name in names.items()}
+    found = decode("unstructured", 3, 64, {part: tensors[name].numpy() for part, name in names.items()})
+    assert np.array_equal(found.view(np.int32), weight.view(torch.int32).numpy()) and np.signbit(found[2, 9])
     model = operator_model(weight, "unstructured", "folding", tensors=tensors)
     session(model, optimized_model_filepath=str(tmp_path / "folded.onnx"))
     graph = onnx.load(str(tmp_path / "folded.onnx")).graph
     (folded,) = (tensor for tensor in graph.initializer if list(tensor.dims) == [64, 3])
-    for found in (decode("unstructured", 3, 64, parts), onnx.numpy_helper.to_array(folded).T):
-        assert found[2, 9] == 0.0 and np.signbit(found[2, 9]) and np.signbit(found).sum() == 1
-        assert found[0, 1] == np.inf and np.isnan(found[1, 2]) and found[2, 3] == 1.0
+    assert np.array_equal(onnx.numpy_helper.to_array(folded).T, weight.numpy(), equal_nan=True)
 
 
 def special_values():
@@ -131,7 +130,7 @@ def special_values():
     weight = torch.zeros(3, 64)
     weight[0, 1], weight[1, 2], weight[2, 3], weight[2, 9] = float("inf"), float("nan"), 1.0, 5.0
     tensors = operator_tensors(weight, "unstructured")
-    tensors["values"][-1] = weight[2, 9] = -0.0
+    tensors["values"][-1] = weight[2, 9] = -0.0  # the mask keeps it: nobody looks whether a value is 0
     return weight, tensors
 
 

@@ -74,6 +74,7 @@ def test_an_export_never_holds_the_model(folder, tmp_path, options, before, afte
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     peaks, added = json.loads(done.stdout.splitlines()[-1]), models[2][1] - models[1][1]
-    # Measured: 9 and -13 of 149 MB (88 MB as int8), 10 of 56 MB; dense float32 would be 528 and 198 MB.
+    # Measured: up to 12 MB for 149 MB of weights (83 MB as int8, 528 MB in float32), up to 10 MB for 56 MB (198 MB).
     assert peaks[1] - peaks[0] < added / 3
-    assert max(peaks) < 64e6
+    # Measured: up to 62 MB, with int8: the three matrices of 4 MB that genai joins, several times over.
+    assert max(peaks) < 80e6

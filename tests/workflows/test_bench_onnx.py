@@ -138,9 +138,9 @@ def test_without_the_quantized_models(sparse, one_thread):
 
 
 @pytest.mark.slow
-def test_a_run_without_our_operators_is_no_measurement_of_them(sparse, one_thread, monkeypatch):
+def test_a_run_without_our_operators_is_no_measurement_of_them(dense_export, one_thread, monkeypatch):
     monkeypatch.setattr(library, "unavailable_reason", lambda: "no C compiler was found; install one")
-    result = run(sparse, phase=["load"], repeats=1, quantized=False)
+    result = run(dense_export.parent / "sparse", phase=["load"], repeats=1, quantized=False)
     assert result["engines"]["onnx"]["kernels"] == {"sparse": "body"}
     (warning,) = kernel_warnings(result["engines"])
     assert warning in result["warnings"]
