@@ -16,7 +16,7 @@ from sparse_rt.conversion import structure as kinds
 from sparse_rt.conversion.source import Source, SourceTensor
 from sparse_rt.conversion.structure import Structure
 from sparse_rt.errors import UserError
-from sparse_rt.formats import VALUE_DTYPES, get_format
+from sparse_rt.formats import VALUE_DTYPES, Format, get_format
 from sparse_rt.formats.base import num_kept
 from sparse_rt.pruning import Pruner, find_blocks, get_pruner
 
@@ -289,7 +289,7 @@ def _decide(
         decision.reason = fmt.refuse_shape(*tensor.shape)
         if decision.reason is None:
             decision.pattern = fmt.pattern
-            decision.nnz = _known_count(fmt, tensor, options)
+            decision.nnz = _known_count(fmt, pruner, tensor, options)
     return decision
 
 
@@ -299,13 +299,13 @@ def _why_dense(options: ConvertOptions, name: str) -> str:
     return "the experts are stored in one tensor with three dimensions" if options.experts else FUSED
 
 
-def _known_count(fmt, tensor: SourceTensor, options: ConvertOptions) -> int | None:
+def _known_count(fmt: Format, pruner: Pruner, tensor: SourceTensor, options: ConvertOptions) -> int | None:
     m, n = tensor.shape
     if fmt.default_sparsity is not None:
         return torch.Size(fmt.values_shape(m, n, 0)).numel()
-    if options.method == "none":
+    if not pruner.prunes:
         return tensor.nnz
-    return m * num_kept(n, options.sparsity) if options.method == "wanda" else num_kept(m * n, options.sparsity)
+    return m * num_kept(n, options.sparsity) if pruner.scope == "row" else num_kept(m * n, options.sparsity)
 
 
 def _check_names(options: ConvertOptions, decisions: dict[str, Decision], structure: Structure, notes: list[str]):

@@ -1,6 +1,14 @@
 """Choosing which weights stay, and calibrating that choice on a model's own activations, one block at a time."""
 
-from sparse_rt.pruning.base import Pruner, get_pruner, known_pruners, register_pruner
+from sparse_rt.pruning.base import (
+    Pruner,
+    Repair,
+    get_pruner,
+    known_pruners,
+    known_repairs,
+    register_pruner,
+    register_repair,
+)
 from sparse_rt.pruning.calibrate import BlockRunner, find_blocks
 from sparse_rt.pruning.reconstruct import Compressed, Schedule, reconstruct
 from sparse_rt.pruning.statistics import ActivationStats
@@ -10,10 +18,13 @@ __all__ = [
     "BlockRunner",
     "Compressed",
     "Pruner",
+    "Repair",
     "Schedule",
     "find_blocks",
     "get_pruner",
     "known_pruners",
+    "known_repairs",
     "reconstruct",
     "register_pruner",
+    "register_repair",
 ]

@@ -25,6 +25,7 @@ _PRUNERS: Registry[type[Pruner]] = Registry(
         "sparse_rt.pruning.sparsegpt",
     ),
 )
+_REPAIRS: Registry[type[Repair]] = Registry("repair", ())
 
 
 def register_pruner(cls: type[Pruner]) -> type[Pruner]:
@@ -32,21 +33,44 @@ def register_pruner(cls: type[Pruner]) -> type[Pruner]:
     return _PRUNERS.register(cls.name, cls)
 
 
-def get_pruner(name: str) -> Pruner:
-    """The pruner called ``name``; ``UserError`` lists the known ones otherwise."""
-    return _PRUNERS.get(name)()
+def register_repair(cls: type[Repair]) -> type[Repair]:
+    """Class decorator: make a repair known under ``cls.name``."""
+    return _REPAIRS.register(cls.name, cls)
+
+
+def get_pruner(method: str) -> Pruner:
+    """The pruner called ``method``, or "PRUNER+REPAIR+..."; ``UserError`` lists the known names otherwise."""
+    first, *repairs = method.split("+")
+    pruner = _PRUNERS.get(first)()
+    if not repairs:
+        return pruner
+    if not pruner.prunes:
+        raise UserError(
+            f"method {method!r} repairs what {first} leaves, and {first} removes no weight; start with a pruner, for "
+            f"example magnitude+{repairs[0]}"
+        )
+    return Composed(pruner, [_REPAIRS.get(name)() for name in repairs])
 
 
 def known_pruners() -> list[str]:
     return _PRUNERS.names()
 
 
+def known_repairs() -> list[str]:
+    return _REPAIRS.names()
+
+
 class Pruner(ABC):
-    """One method. ``needs_gram`` asks the statistics for X^T X (n x n) besides the cheap figures."""
+    """One method. ``needs_gram`` asks the statistics for X^T X (n x n) besides the cheap figures.
+
+    ``scope`` says what keeps the requested share in an unstructured weight: every "row", or the "matrix" as a whole.
+    """
 
     name: str
+    prunes = True
     needs_calibration = False
     needs_gram = False
+    scope = "matrix"
 
     @abstractmethod
     def prune(
@@ -59,9 +83,50 @@ class Pruner(ABC):
         """
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
-        if stats is None or not stats.sequences:
-            raise UserError(f"the pruner {self.name!r} needs calibration data; this weight has seen no input")
-        return stats
+        return _calibrated(self.name, stats)
+
+
+class Repair(ABC):
+    """What is done to a pruned weight: other kept values, or other positions, and as many of them as before."""
+
+    name: str
+    needs_gram = False
+
+    @abstractmethod
+    def repair(
+        self, dense: Tensor, weight: Tensor, mask: Tensor, stats: ActivationStats, fmt: Format
+    ) -> tuple[Tensor, Tensor]:
+        """(weight before pruning, after it, mask; [m, n] each) -> (weight, mask), as ``Pruner.prune`` returns them."""
+
+    def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
+        return _calibrated(self.name, stats)
+
+
+class Composed(Pruner):
+    """A pruner, and repairs of what it leaves, in the order given."""
+
+    needs_calibration = True
+
+    def __init__(self, pruner: Pruner, repairs: list[Repair]):
+        self.pruner, self.repairs = pruner, repairs
+        self.name = "+".join(part.name for part in (pruner, *repairs))
+        self.needs_gram = any(part.needs_gram for part in (pruner, *repairs))
+        self.scope = pruner.scope
+
+    def prune(
+        self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None
+    ) -> tuple[Tensor, Tensor]:
+        stats = self.calibrated(stats)
+        new, mask = self.pruner.prune(weight, stats, fmt, sparsity)
+        for repair in self.repairs:
+            new, mask = repair.repair(weight, new, mask, stats, fmt)
+        return new, mask
+
+
+def _calibrated(name: str, stats: ActivationStats | None) -> ActivationStats:
+    if stats is None or not stats.sequences:
+        raise UserError(f"the pruner {name!r} needs calibration data; this weight has seen no input")
+    return stats
 
 
 def unpruned_scores(weight: Tensor) -> Tensor:

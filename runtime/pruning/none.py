@@ -12,6 +12,7 @@ from sparse_rt.pruning.statistics import ActivationStats
 @register_pruner
 class AlreadyPruned(Pruner):
     name = "none"
+    prunes = False
 
     def prune(
         self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None

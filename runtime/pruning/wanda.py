@@ -15,9 +15,10 @@ class Wanda(Pruner):
 
     name = "wanda"
     needs_calibration = True
+    scope = "row"
 
     def prune(
         self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None
     ) -> tuple[Tensor, Tensor]:
         scores = unpruned_scores(weight).mul_(self.calibrated(stats).input_norms().to(weight.device))
-        return weight, fmt.mask_from_scores(scores, sparsity, scope="row")
+        return weight, fmt.mask_from_scores(scores, sparsity, self.scope)

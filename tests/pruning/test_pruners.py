@@ -38,6 +38,10 @@ def test_known_pruners():
     assert known_pruners() == ["magnitude", "none", "sparsegpt", "wanda"]
     with pytest.raises(UserError, match="Unknown pruner 'wandb'; known are magnitude"):
         get_pruner("wandb")
+    with pytest.raises(UserError, match="none removes no weight; start with a pruner"):
+        get_pruner("none+admm")
+    with pytest.raises(UserError, match="Unknown repair 'wandb'"):
+        get_pruner("magnitude+wandb")
 
 
 @pytest.mark.parametrize(
