@@ -16,6 +16,9 @@ from sparse_rt.formats import Format
 from sparse_rt.pruning.statistics import ActivationStats
 from sparse_rt.registry import Registry
 
+# Bytes a weight that choosing a mask takes, and bytes an element of X^T X that its factors take.
+CHOICE_BYTES, FACTOR_BYTES = 24, 16
+
 _PRUNERS: Registry[type[Pruner]] = Registry(
     "pruner",
     (
@@ -82,6 +85,14 @@ class Pruner(ABC):
         the kept weights. What it holds outside the mask has no meaning. ``sparsity`` is ignored by N:M patterns.
         """
 
+    def workspace(self, m: int, n: int) -> int:
+        """Bytes that ``prune`` takes at its worst moment for a weight (m, n), besides that weight and the statistics.
+
+        Choosing a mask takes about 24 bytes a weight (scores, selection with its indices, ties, masks); factors of the
+        second moments 16 n^2. Methods that hold something else say so.
+        """
+        return CHOICE_BYTES * m * n + (FACTOR_BYTES * n * n if self.needs_gram else 0)
+
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
 
@@ -97,6 +108,10 @@ class Repair(ABC):
         self, dense: Tensor, weight: Tensor, mask: Tensor, stats: ActivationStats, fmt: Format
     ) -> tuple[Tensor, Tensor]:
         """(weight before pruning, after it, mask; [m, n] each) -> (weight, mask), as ``Pruner.prune`` returns them."""
+
+    def workspace(self, m: int, n: int) -> int:
+        """Bytes that ``repair`` takes at its worst moment, besides its arguments; as ``Pruner.workspace``."""
+        return CHOICE_BYTES * m * n + (FACTOR_BYTES * n * n if self.needs_gram else 0)
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
@@ -121,6 +136,11 @@ class Composed(Pruner):
         for repair in self.repairs:
             new, mask = repair.repair(weight, new, mask, stats, fmt)
         return new, mask
+
+    def workspace(self, m: int, n: int) -> int:
+        """Of the greediest part; while a repair works, what is repaired is there too: float32 and its mask."""
+        repairs = max(repair.workspace(m, n) for repair in self.repairs)
+        return max(self.pruner.workspace(m, n), 5 * m * n + repairs)
 
 
 def _calibrated(name: str, stats: ActivationStats | None) -> ActivationStats:

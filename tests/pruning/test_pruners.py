@@ -1,7 +1,10 @@
 """Every pruner keeps exactly the requested number of weights, ties included, and is the formula it claims to be."""
 
+import json
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import get_format
@@ -161,6 +164,26 @@ def test_sparsegpt_survives_fewer_tokens_than_columns():
     stats = stats_of([torch.randn(4, 256)])
     new, mask = get_pruner("sparsegpt").prune(torch.randn(8, 256), stats, get_format("2:4"), None)
     assert torch.isfinite(new).all() and int(mask.sum()) == 8 * 128
+
+
+def peak_bytes(function, trace):
+    """What torch allocates at the worst moment of ``function()``, by its profiler's record of every allocation."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    sizes = [(event["ts"], event["args"]["Bytes"]) for event in events if event["name"] == "[memory]"]
+    held = torch.tensor([size for _, size in sorted(sizes)]).cumsum(0)
+    return int(held.max())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("m,n", [(96, 256), (512, 192)])
+def test_the_workspace_is_what_pruning_takes(m, n, name, pattern, tmp_path):
+    weight, stats, pruner = torch.randn(m, n), stats_of(correlated_inputs(n=n)), get_pruner(name)
+    peak = peak_bytes(lambda: pruner.prune(weight, stats, get_format(pattern), 0.5), tmp_path / "trace.json")
+    assert 0.5 * pruner.workspace(m, n) < peak <= pruner.workspace(m, n)
 
 
 def test_none_takes_the_zeros_as_they_are():
