@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Writing:
         if compressed is None:
             self._copy(key, weight)
         else:
-            self.store(decision, *compressed)
+            self.store(decision, compressed)
 
     def read(self, decision: Decision) -> Tensor:
         """The dense weight of ``decision``; ``FormatError`` for NaN or Inf, -0.0 made +0.0."""
@@ -88,10 +89,8 @@ class Writing:
         check_finite(decision.key, weight)
         return normalize_zeros(weight)
 
-    def compress(
-        self, decision: Decision, weight: Tensor, stats: ActivationStats | None
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Prune ``weight`` (values, metadata, pruned dense weight in the stored dtype); None when it stays dense."""
+    def compress(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Compressed | None:
+        """Prune ``weight``, in the stored dtype; None when it stays dense."""
         plan, fmt = self.plan, get_format(decision.pattern)
         new, mask = self._prune(decision, weight, stats)
         nnz = int(mask.sum())
@@ -102,13 +101,13 @@ class Writing:
             self.facts.add(decision.name, reason=decision.reason)
             return None
         stored = cast(decision.key, new, decision.dtype)
-        values, metadata = fmt.compress(stored, mask)
+        compressed = Compressed(decision.pattern, *fmt.compress(stored, mask))
         fact = {"sparsity": round(1 - nnz / mask.numel(), 6)}
         if stats is not None:
-            kept = torch.where(mask, stored, 0)
-            fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), kept), 6)
+            after = compressed.dense(*decision.shape)
+            fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), after), 6)
         self.facts.add(decision.name, **fact)
-        return values, metadata, torch.where(mask, stored, 0)
+        return compressed
 
     def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, Tensor]:
         plan, fmt = self.plan, get_format(decision.pattern)
@@ -132,9 +131,8 @@ class Writing:
         legal = fmt.mask_from_scores(mask.to(torch.float32))
         return mask if torch.equal(legal, mask) else None
 
-    def store(self, decision: Decision, values: Tensor, metadata: Tensor, _: Tensor | None = None) -> None:
-        m, n = decision.shape
-        self.writer.add_weight(decision.name, decision.pattern, m, n, values, metadata)
+    def store(self, decision: Decision, weight: Compressed) -> None:
+        self.writer.add_weight(decision.name, decision.pattern, *decision.shape, weight.values, weight.metadata)
 
     def _copy(self, key: str, tensor: Tensor) -> None:
         if key.endswith((".weight", ".bias")):
@@ -183,7 +181,7 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
     decisions = [d for key in keys if (d := plan.decisions.get(key)) and d.pattern]
     last = index + 1 == len(plan.blocks)
     finished = all(d.name in writing.done for d in decisions)
-    compressed: dict[str, tuple[Tensor, Tensor]] = {}
+    compressed: dict[str, Compressed] = {}
     if not (finished and last):
         runner.open(index)
         if plan.options.reconstruct:
@@ -199,15 +197,15 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
     for key in keys:
         decision = plan.decisions.get(key)
         if decision and decision.name in compressed and decision.name not in writing.done:
-            writing.store(decision, *compressed.pop(decision.name))
+            writing.store(decision, compressed.pop(decision.name))
         else:
             writing.tensor(key)
 
 
 def _prune_open_block(
     writing: Writing, runner: BlockRunner, index: int, decisions: list[Decision]
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Statistics with the block unpruned, then every linear pruned and put in place: name -> (values, metadata)."""
+) -> dict[str, Compressed]:
+    """Statistics with the block unpruned, then every linear pruned and put in place: name -> weight."""
     plan = writing.plan
     stats = {
         _inner(plan, runner, index, d): ActivationStats(
@@ -226,9 +224,9 @@ def _prune_open_block(
             raise UserError(f"{decision.name} was not used by any calibration sequence; leave it dense with --ignore")
         else:
             seen.check_finite(decision.name)
-        values, metadata, dense = writing.compress(decision, writing.read(decision), seen)
-        compressed[decision.name] = (values.cpu(), metadata.cpu())
-        runner.set_weight(index, inner, dense)
+        weight = writing.compress(decision, writing.read(decision), seen)
+        compressed[decision.name] = weight.cpu()
+        runner.set_weight(index, inner, weight.dense(*decision.shape))
     if plan.options.reconstruct and compressed:
         compressed = _reconstruct(writing, runner, index, decisions, compressed)
     return compressed
@@ -239,21 +237,21 @@ def _reconstruct(
     runner: BlockRunner,
     index: int,
     decisions: list[Decision],
-    pruned: dict[str, tuple[Tensor, Tensor]],
-) -> dict[str, tuple[Tensor, Tensor]]:
+    pruned: dict[str, Compressed],
+) -> dict[str, Compressed]:
     """``pruned`` with trained values where they bring the block's output closer to the dense one's, else as it was."""
     plan, before = writing.plan, runner.error(index)
     inner = {decision.name: _inner(plan, runner, index, decision) for decision in decisions}
-    weights = {inner[d.name]: Compressed(d.pattern, *pruned[d.name]) for d in decisions}
+    weights = {inner[d.name]: pruned[d.name] for d in decisions}
     options = plan.options
     schedule = Schedule(options.reconstruct, options.reconstruct_learning_rate, options.seed)
     trained = reconstruct(runner, index, weights, schedule)
     values = {d.name: normalize_zeros(trained[inner[d.name]].cpu().to(d.dtype)) for d in decisions}
-    found = {name: (values[name], metadata) for name, (_, metadata) in pruned.items()}
+    found = {name: replace(weight, values=values[name]) for name, weight in pruned.items()}
 
-    def put(weights: dict[str, tuple[Tensor, Tensor]]) -> None:
+    def put(weights: dict[str, Compressed]) -> None:
         for d in decisions:
-            runner.set_weight(index, inner[d.name], get_format(d.pattern).decompress(*weights[d.name], *d.shape))
+            runner.set_weight(index, inner[d.name], weights[d.name].dense(*d.shape))
 
     put(found)
     after = runner.error(index)
@@ -273,5 +271,5 @@ def read_back(writer: CheckpointWriter, decision: Decision) -> Tensor:
     """The pruned dense weight of a finished shard."""
     fmt = get_format(decision.pattern)
     with safe_open(writer.part_file(decision.name), framework="pt") as file:
-        values, metadata = (file.get_tensor(f"{decision.name}.{suffix}") for suffix in fmt.tensor_names)
-    return fmt.decompress(values, metadata, *decision.shape)
+        tensors = [file.get_tensor(f"{decision.name}.{suffix}") for suffix in fmt.tensor_names]
+    return Compressed(decision.pattern, *tensors).dense(*decision.shape)

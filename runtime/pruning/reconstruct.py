@@ -17,6 +17,7 @@ only), so a block takes 16 bytes a kept weight with AdamW's state, and the activ
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_rt.formats import get_format
 from sparse_rt.nn import SparseLinear
 from sparse_rt.pruning.calibrate import BlockRunner
 
@@ -43,6 +45,13 @@ class Compressed:
     pattern: str
     values: Tensor
     metadata: Tensor
+
+    def cpu(self) -> Compressed:
+        return dataclasses.replace(self, values=self.values.cpu(), metadata=self.metadata.cpu())
+
+    def dense(self, m: int, n: int) -> Tensor:
+        """What a linear layer (m, n) multiplies with: [m, n] in the dtype of the values."""
+        return get_format(self.pattern).decompress(self.values, self.metadata, m, n)
 
 
 @dataclass(frozen=True)
