@@ -5,7 +5,9 @@
     python onnx_kernels.py --shape 4096x4096 --tokens 1 --threads 1 --seconds 2         # a look
 
 A column is a session on as many equal layers behind each other as make 144 MB of weights, so that none is in the
-third-level cache when its turn comes; columns take turns (timing.py) and times are of one layer:
+third-level cache when its turn comes. Weights lie in a data file that ONNX Runtime maps, as in an export: the sparse
+operators read it in place, MatMul makes a copy of its own when the session starts. Columns take turns (timing.py),
+times are of one layer:
 
     dense        MatMul on float32 weights, as large models are served without quantization
     int8, int4   MatMulNBits of ONNX Runtime (blocks of 32, int8 activations), where asked for: not lossless
@@ -21,6 +23,8 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import BinaryIO
 
 import click
 import numpy as np
@@ -30,7 +34,7 @@ from onnx import TensorProto, helper
 from timing import ratio, spread, take_turns
 
 from sparse_rt.benchmarking.machine import commit, cpu_name
-from sparse_rt.exporters.onnx import engine, functions, library
+from sparse_rt.exporters.onnx import engine, external, functions, library
 from sparse_rt.formats import get_format, int8
 from sparse_rt.formats.packing import row_offsets
 from sparse_rt.optional import require
@@ -48,10 +52,10 @@ MAX_ERROR = {"fp32": 1e-5, "bf16": 1e-5, "int8": 2e-2}
 MIN_TURNS, MAX_TURNS = 7, 400
 
 
-def tensor(name: str, value: torch.Tensor) -> onnx.TensorProto:
+def store(name: str, value: torch.Tensor, data: BinaryIO) -> onnx.TensorProto:
     kind = {torch.uint8: TensorProto.UINT8, torch.int32: TensorProto.INT32, **TYPES}[value.dtype]
-    raw = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    return helper.make_tensor(name, kind, value.shape, raw, raw=True)
+    raw = value.contiguous().flatten().view(torch.uint8).numpy()
+    return external.store(TensorProto(name=name, data_type=kind, dims=value.shape), raw.data, data)
 
 
 def dense_layer(weight: torch.Tensor) -> tuple[str, str, dict, list[torch.Tensor]]:
@@ -94,10 +98,14 @@ class Column:
         self.copies = max(2, -(-ROTATED_BYTES // self.bytes))
         m, n = shape
         nodes, tensors = [], []
-        for copy in range(self.copies):
-            names = [f"{index}.{copy}" for index in range(len(parts))]
-            tensors += [tensor(name, part) for name, part in zip(names, parts, strict=True)]
-            nodes.append(helper.make_node(operator, ["x", *names], [f"y{copy}"], domain=domain, **attributes))
+        self.folder = TemporaryDirectory()
+        with Path(self.folder.name, external.DATA_NAME).open("wb") as data:
+            for copy in range(self.copies):
+                names = [f"{index}.{copy}" for index in range(len(parts))]
+                # Copies differ: of equal weights ONNX Runtime packs one, and all layers would read that.
+                scaled = [part * (copy + 1) if part.is_floating_point() else part for part in parts]
+                tensors += [store(name, part, data) for name, part in zip(names, scaled, strict=True)]
+                nodes.append(helper.make_node(operator, ["x", *names], [f"y{copy}"], domain=domain, **attributes))
         outputs = [helper.make_tensor_value_info(f"y{c}", TensorProto.FLOAT, ["tokens", m]) for c in range(self.copies)]
         x = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["tokens", n])
         graph = helper.make_graph(nodes, "layers", [x], outputs, tensors)
@@ -107,7 +115,9 @@ class Column:
         options.log_severity_level, options.intra_op_num_threads = 3, threads
         engine.register(options, required=True)
         model = helper.make_model(graph, opset_imports=imports, ir_version=10)
-        self.session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        path = Path(self.folder.name, "model.onnx")
+        onnx.save(model, path)
+        self.session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(self, x: np.ndarray) -> np.ndarray:
         return self.session.run(None, {"x": x})[0]
