@@ -56,7 +56,9 @@ class ConvertOptions(Options):
     output_dir: Path
     pattern: str = Field("2:4", description="2:4, N:M (N kept of M columns) or unstructured")
     sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
-    method: str = Field("magnitude", description="none (already pruned), magnitude, wanda, sparsegpt")
+    method: str = Field(
+        "magnitude", description="none (already pruned), magnitude, wanda, ria, sparsegpt; with +dsnot repaired"
+    )
     dataset: str | None = Field(None, description="calibration text: .txt, .jsonl, a folder or a hub data set")
     num_samples: int = Field(128, ge=1, description="calibration sequences")
     max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")

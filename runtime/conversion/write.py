@@ -209,7 +209,7 @@ def _prune_open_block(
     plan = writing.plan
     stats = {
         _inner(plan, runner, index, d): ActivationStats(
-            d.shape[1], runner.device, plan.pruner.needs_gram, expected_sequences=len(runner.hidden)
+            d.shape[1], runner.device, plan.pruner.needs_gram, len(runner.hidden), plan.pruner.needs_moments
         )
         for d in decisions
     }

@@ -25,10 +25,11 @@ _PRUNERS: Registry[type[Pruner]] = Registry(
         "sparse_rt.pruning.none",
         "sparse_rt.pruning.magnitude",
         "sparse_rt.pruning.wanda",
+        "sparse_rt.pruning.ria",
         "sparse_rt.pruning.sparsegpt",
     ),
 )
-_REPAIRS: Registry[type[Repair]] = Registry("repair", ())
+_REPAIRS: Registry[type[Repair]] = Registry("repair", ("sparse_rt.pruning.dsnot",))
 
 
 def register_pruner(cls: type[Pruner]) -> type[Pruner]:
@@ -64,7 +65,7 @@ def known_repairs() -> list[str]:
 
 
 class Pruner(ABC):
-    """One method. ``needs_gram`` asks the statistics for X^T X (n x n) besides the cheap figures.
+    """One method. ``needs_gram`` asks the statistics for X^T X (n x n), ``needs_moments`` for sums and variances.
 
     ``scope`` says what keeps the requested share in an unstructured weight: every "row", or the "matrix" as a whole.
     """
@@ -73,6 +74,7 @@ class Pruner(ABC):
     prunes = True
     needs_calibration = False
     needs_gram = False
+    needs_moments = False
     scope = "matrix"
 
     @abstractmethod
@@ -102,6 +104,7 @@ class Repair(ABC):
 
     name: str
     needs_gram = False
+    needs_moments = False
 
     @abstractmethod
     def repair(
@@ -126,6 +129,7 @@ class Composed(Pruner):
         self.pruner, self.repairs = pruner, repairs
         self.name = "+".join(part.name for part in (pruner, *repairs))
         self.needs_gram = any(part.needs_gram for part in (pruner, *repairs))
+        self.needs_moments = any(part.needs_moments for part in (pruner, *repairs))
         self.scope = pruner.scope
 
     def prune(

@@ -16,14 +16,24 @@ SAMPLE_ROWS = 512
 class ActivationStats:
     """Fed with the inputs X [T, n] of a linear, one calibration sequence at a time.
 
-    ``gram`` adds X^T X [n, n] in float32. ``expected_sequences`` spreads a sample of ``SAMPLE_ROWS`` inputs evenly over
-    the sequences; on it ``reconstruction_error`` measures what pruning did to the layer's output.
+    ``gram`` adds X^T X [n, n] in float32, ``moments`` sum and variance of every input. ``expected_sequences`` spreads
+    a sample of ``SAMPLE_ROWS`` inputs evenly over the sequences; on it ``reconstruction_error`` measures what pruning
+    did to the layer's output.
     """
 
-    def __init__(self, n: int, device: torch.device | str = "cpu", gram: bool = False, expected_sequences: int = 1):
+    def __init__(
+        self,
+        n: int,
+        device: torch.device | str = "cpu",
+        gram: bool = False,
+        expected_sequences: int = 1,
+        moments: bool = False,
+    ):
         self.n, self.sequences, self.tokens = n, 0, 0
         self.sum_squares = torch.zeros(n, dtype=torch.float32, device=device)
         self.gram = torch.zeros(n, n, dtype=torch.float32, device=device) if gram else None
+        self._total = torch.zeros(n, dtype=torch.float32, device=device) if moments else None
+        self._deviations = torch.zeros(n, dtype=torch.float32, device=device) if moments else None
         self._rows_each = math.ceil(SAMPLE_ROWS / max(expected_sequences, 1))
         self._sample: list[Tensor] = []
 
@@ -35,8 +45,24 @@ class ActivationStats:
         self.sum_squares += x.square().sum(0)
         if self.gram is not None:
             self.gram.addmm_(x.T, x)
+        if self._total is not None:
+            self._add_moments(x)
         step = max(1, x.shape[0] // self._rows_each)
         self._sample.append(x[::step][: self._rows_each].clone())
+
+    def _add_moments(self, x: Tensor) -> None:
+        """From the mean of the sequence: E[x^2] - E[x]^2 would lose the variance of loud, nearly constant inputs."""
+        total = x.sum(0)
+        self._total += total
+        self._deviations += (x - total / x.shape[0]).square_().sum(0)
+
+    def input_sums(self) -> Tensor:
+        """Mean over sequences of the sum over tokens of every input, float32 [n]; needs ``moments``."""
+        return self._total / self.sequences
+
+    def input_variance(self) -> Tensor:
+        """Variance of every input within a sequence, averaged over all tokens, float32 [n]; needs ``moments``."""
+        return self._deviations / self.tokens
 
     def input_norms(self) -> Tensor:
         """sqrt of the mean over sequences of ||X_:j||^2, float32 [n]."""

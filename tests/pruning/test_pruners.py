@@ -10,7 +10,7 @@ from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.pruning import ActivationStats, get_pruner, known_pruners
 
-CHOOSING = ("magnitude", "wanda", "sparsegpt")
+CHOOSING = ("magnitude", "wanda", "ria", "sparsegpt")
 PATTERNS = ("2:4", "4:8", "1:4", "3:32", "unstructured")
 
 
@@ -38,7 +38,7 @@ def expected_count(m, n, pattern, sparsity, scope):
 
 
 def test_known_pruners():
-    assert known_pruners() == ["magnitude", "none", "sparsegpt", "wanda"]
+    assert known_pruners() == ["magnitude", "none", "ria", "sparsegpt", "wanda"]
     with pytest.raises(UserError, match="Unknown pruner 'wandb'; known are magnitude"):
         get_pruner("wandb")
     with pytest.raises(UserError, match="none removes no weight; start with a pruner"):
