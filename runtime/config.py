@@ -59,6 +59,15 @@ class ConvertOptions(Options):
     method: str = Field(
         "magnitude", description="none (already pruned), magnitude, wanda, ria, sparsegpt; with +dsnot repaired"
     )
+    ratios: Literal["uniform", "owl"] = Field(
+        "uniform", description="how much goes in each decoder block: uniform, or owl (less where outliers are many)"
+    )
+    owl_lambda: float | None = Field(
+        None, gt=0, description="owl: half of the range of the blocks' sparsity; default 0.08, for N:M 0.125 (1 of 8)"
+    )
+    owl_threshold: float | None = Field(
+        None, gt=0, description="owl: a score this many times the mean of its block is an outlier; default 5, for N:M 6"
+    )
     dataset: str | None = Field(None, description="calibration text: .txt, .jsonl, a folder or a hub data set")
     num_samples: int = Field(128, ge=1, description="calibration sequences")
     max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")

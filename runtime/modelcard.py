@@ -92,6 +92,12 @@ def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
         "linear weights compressed": f"{facts['coverage_percent']:.2f}% of their bytes",
         "size": f"{facts['compressed_bytes']:,} bytes, {facts['ratio']:.3f} of the dense {facts['dense_bytes']:,}",
     }
+    if "ratios" in facts:
+        found = [block["sparsity"] for block in facts["ratios"]["blocks"].values()]
+        rows["ratios"] = (
+            f"OWL (lambda {options['owl_lambda']:g}, threshold {options['owl_threshold']:g}): sparsity of the blocks "
+            f"{min(found):.4f} to {max(found):.4f}"
+        )
     if "dataset" in options:
         data = Path(options["dataset"]).name if Path(options["dataset"]).exists() else options["dataset"]
         rows["calibration"] = (

@@ -13,12 +13,13 @@ from sparse_rt.checkpoint import SparseConfig, matches
 from sparse_rt.checkpoint.config import Override
 from sparse_rt.config import ConvertOptions, parse_size
 from sparse_rt.conversion import structure as kinds
+from sparse_rt.conversion.overrides import compact_overrides
 from sparse_rt.conversion.source import Source, SourceTensor
 from sparse_rt.conversion.structure import Structure
 from sparse_rt.errors import UserError
 from sparse_rt.formats import VALUE_DTYPES, Format, get_format
 from sparse_rt.formats.base import num_kept
-from sparse_rt.pruning import Pruner, find_blocks, get_pruner
+from sparse_rt.pruning import Pruner, find_blocks, get_pruner, ratios
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # With --method none an unstructured weight denser than this stays dense: at 0.85 bfloat16 saves under 9% of the bytes
@@ -45,6 +46,8 @@ class Decision:
     pattern: str | None = None
     reason: str | None = None  # why it stays dense
     nnz: int | None = None  # kept weights, None when only the data tells
+    sparsity: float | None = None  # that an unstructured weight is pruned to, None where pattern or data decide
+    overridden: bool = False  # the pattern was chosen for this weight, not for the model
 
     @property
     def dense_bytes(self) -> int:
@@ -85,7 +88,16 @@ class Plan:
         ignore += [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(fused)]
         ignore += [name for name in self.unmatched if name not in ignore]
         overrides = {name: Override(pattern=pattern) for name, pattern in self.options.overrides.items()}
+        own, others = get_format(self.options.pattern).pattern, {}
+        for d in self.decisions.values():
+            if d.pattern not in (None, own) and not d.overridden:
+                others[d.name] = d.pattern
+        overrides |= compact_overrides(others)
         return SparseConfig(pattern=self.options.pattern, ignore=ignore, overrides=overrides)
+
+    def inner_name(self, index: int, decision: Decision) -> str:
+        """Name of the linear of ``decision`` inside its block ``index``."""
+        return self.structure.module_of(decision.key).removeprefix(f"{self.blocks_name}.{index}.")
 
     @property
     def sparsity(self) -> float:
@@ -161,7 +173,16 @@ class Plan:
 
 
 def runs_model(options: ConvertOptions, pruner: Pruner) -> bool:
-    return pruner.needs_calibration or options.reconstruct > 0
+    return pruner.needs_calibration or options.reconstruct > 0 or options.ratios == "owl"
+
+
+def owl_setting(options: ConvertOptions) -> tuple[float, float]:
+    """(lambda, threshold): the options', by default those published for the kind of pattern."""
+    spread, threshold = ratios.GROUPED if get_format(options.pattern).group else ratios.UNSTRUCTURED
+    return (
+        spread if options.owl_lambda is None else options.owl_lambda,
+        threshold if options.owl_threshold is None else options.owl_threshold,
+    )
 
 
 def stored_dtype(option: str, tensor: SourceTensor) -> torch.dtype:
@@ -201,6 +222,10 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     if not any(d.pattern for d in decisions.values()):
         reasons = sorted({d.reason for d in decisions.values()})
         raise UserError(f"nothing to compress in {source.model}: {'; '.join(reasons) or 'it has no linear weight'}")
+    if options.ratios == "owl" and not any(
+        (d := decisions.get(key)) and d.pattern and not d.overridden for keys in blocks for key in keys
+    ):
+        raise UserError("--ratios owl finds no weight in the decoder blocks without a pattern of its own (--overrides)")
     found = {structure.module_of(key) for key in decisions}
     unmatched = [name for name in structure.linears if name not in found]
     missing = [name for name in unmatched if name != structure.tied_head]
@@ -215,7 +240,7 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
     if key is None:
         who, instead = pruner.name, "use --method magnitude"
         if not pruner.needs_calibration:
-            who, instead = "--reconstruct", "leave it out"
+            who, instead = "--reconstruct or --ratios", "leave it out"
         raise UserError(
             f"{who} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
             f"together from several, as in mixtures of experts); {instead}"
@@ -242,9 +267,25 @@ def _check_options(options: ConvertOptions) -> list[str]:
             "--reconstruct trains a pruned block to give the output of the dense one, and with --method none there is "
             "no dense one; convert the model as it was before pruning, with a --method that prunes"
         )
+    _check_ratios(options, fmt)
     if options.method == "none" and "sparsity" in options.model_fields_set:
         notes.append("--sparsity is not used by --method none: the zeros of the model decide")
     return notes
+
+
+def _check_ratios(options: ConvertOptions, fmt: Format) -> None:
+    if options.ratios != "owl":
+        given = [name for name in ("owl_lambda", "owl_threshold") if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} is an option of --ratios owl; add that, or leave it out")
+        return
+    if options.method == "none":
+        raise UserError(
+            "--ratios owl chooses how much is pruned in every block, and --method none prunes nothing; leave it out, "
+            "or choose a --method that prunes"
+        )
+    sparsity = options.sparsity if fmt.default_sparsity is None else fmt.default_sparsity
+    ratios.check_spread(owl_setting(options)[0], sparsity, fmt.group)
 
 
 def _block_index(key: str, structure: Structure, blocks_name: str | None) -> int | None:
@@ -284,12 +325,15 @@ def _decide(
     elif pruner.needs_calibration and block is None:
         decision.reason = f"outside of the decoder blocks, which are all that {pruner.name} calibrates"
     else:
-        overridden = (p for pattern, p in options.overrides.items() if matches(name, pattern))
-        fmt = get_format(next(overridden, options.pattern))
+        chosen = next((p for pattern, p in options.overrides.items() if matches(name, pattern)), None)
+        decision.overridden = chosen is not None
+        fmt = get_format(chosen or options.pattern)
         decision.reason = fmt.refuse_shape(*tensor.shape)
         if decision.reason is None:
             decision.pattern = fmt.pattern
-            decision.nnz = _known_count(fmt, pruner, tensor, options)
+            decision.sparsity = options.sparsity if pruner.prunes and fmt.default_sparsity is None else None
+            known = pruner.prunes or fmt.default_sparsity is not None
+            decision.nnz = known_count(fmt, pruner, tensor.shape, decision.sparsity) if known else tensor.nnz
     return decision
 
 
@@ -299,13 +343,12 @@ def _why_dense(options: ConvertOptions, name: str) -> str:
     return "the experts are stored in one tensor with three dimensions" if options.experts else FUSED
 
 
-def _known_count(fmt: Format, pruner: Pruner, tensor: SourceTensor, options: ConvertOptions) -> int | None:
-    m, n = tensor.shape
+def known_count(fmt: Format, pruner: Pruner, shape: tuple[int, ...], sparsity: float | None) -> int:
+    """Kept weights of a matrix that ``pruner`` prunes; N:M patterns need no ``sparsity``."""
+    m, n = shape
     if fmt.default_sparsity is not None:
         return torch.Size(fmt.values_shape(m, n, 0)).numel()
-    if not pruner.prunes:
-        return tensor.nnz
-    return m * num_kept(n, options.sparsity) if pruner.scope == "row" else num_kept(m * n, options.sparsity)
+    return m * num_kept(n, sparsity) if pruner.scope == "row" else num_kept(m * n, sparsity)
 
 
 def _check_names(options: ConvertOptions, decisions: dict[str, Decision], structure: Structure, notes: list[str]):

@@ -116,7 +116,7 @@ class Writing:
                 mask = self._stored_mask(decision, fmt)
                 if mask is not None:
                     return weight, mask
-            return plan.pruner.prune(weight.to(self.device), stats, fmt, plan.sparsity)
+            return plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity)
         except FormatError as error:
             raise FormatError(
                 f"{decision.key} does not obey the pattern {fmt.pattern}: {error} (--method magnitude does), give it "
@@ -264,7 +264,7 @@ def _reconstruct(
 
 def _inner(plan: Plan, runner: BlockRunner, index: int, decision: Decision) -> str:
     """Name of the linear inside its block."""
-    return plan.structure.module_of(decision.key).removeprefix(f"{runner.block_name(index)}.")
+    return plan.inner_name(index, decision)
 
 
 def read_back(writer: CheckpointWriter, decision: Decision) -> Tensor:

@@ -106,8 +106,11 @@ class BlockRunner:
         return block
 
     @torch.no_grad()
-    def collect(self, index: int, observers: Mapping[str, Observer]) -> None:
-        """Feed the inputs of the linears named in ``observers`` (names inside the block), one sequence at a time."""
+    def collect(self, index: int, observers: Mapping[str, Observer], advance: bool = False) -> None:
+        """Feed the inputs of the linears named in ``observers`` (names inside the block), one sequence at a time.
+
+        ``advance`` keeps the outputs as the method of that name does, which spares a second run.
+        """
         modules = dict(self.blocks[index].named_modules())
 
         def hook_of(observer: Observer):
@@ -119,7 +122,9 @@ class BlockRunner:
         ]
         try:
             for sequence, hidden in enumerate(self.hidden):
-                self._run(index, sequence, hidden)
+                output = self._run(index, sequence, hidden)
+                if advance:
+                    self.hidden[sequence] = output.cpu()
         finally:
             for hook in hooks:
                 hook.remove()

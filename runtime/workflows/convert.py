@@ -17,9 +17,9 @@ from torch import Tensor
 from sparse_rt.checkpoint import CheckpointWriter, check_output, output_directory, partial_path
 from sparse_rt.checkpoint.writer import JOURNAL_NAME
 from sparse_rt.config import ConvertOptions, parse_size
-from sparse_rt.conversion import Plan, Source, Writing, make_plan, open_source, read_structure, write_weights
+from sparse_rt.conversion import Plan, Source, Writing, make_plan, open_source, ratios, read_structure, write_weights
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
-from sparse_rt.conversion.plan import checkpoint_key
+from sparse_rt.conversion.plan import checkpoint_key, owl_setting
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
 from sparse_rt.errors import UserError
@@ -31,7 +31,7 @@ from sparse_rt.version import __version__
 
 # Options that change the bytes written; with another value for one of them an interrupted run is not continued.
 RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "overrides", "dtype", "max_shard_size")
-RELEVANT += ("reconstruct", "reconstruct_learning_rate")
+RELEVANT += ("reconstruct", "reconstruct_learning_rate", "ratios", "owl_lambda", "owl_threshold")
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -92,21 +92,28 @@ def refuse_unfinished(output: Path, options: ConvertOptions) -> None:
 def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, progress: Progress) -> dict[str, Any]:
     if writer.done:
         progress.note(f"resuming: {len(writer.done)} tensors and weights are on disk already")
-    runner = None
+    runner, blocks = None, {}
+    if plan.options.ratios == "owl":
+        where = writer.folder, writer.fingerprint
+        blocks = ratios.set_ratios(plan, parameter_loader(plan), tokens, device, *where, progress)
+        writer.sparse = plan.sparse_config()
     if tokens is not None:
         follow_dense = plan.options.reconstruct > 0
         runner = BlockRunner(plan.structure.model, parameter_loader(plan), device, follow_dense)
     writing = Writing(plan, writer, device, plan.options.resume)
     write_weights(writing, runner, tokens, progress)
     facts = report(plan, writing.facts.known, writer)
+    if blocks:
+        facts["ratios"] = ratios.ratio_facts(plan, blocks)
     writer.sparse = plan.sparse_config()  # weights may have stayed dense because of what their data showed
     copy_small_files(plan.source.folder, writer.folder)
     about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
     (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse))
-    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error")
+    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error", "ratios")
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
     writing.facts.remove()
+    (writer.folder / ratios.OUTLIERS_NAME).unlink(missing_ok=True)
     return about | facts
 
 
@@ -167,6 +174,13 @@ def dry_run(plan: Plan) -> dict[str, Any]:
             f"bytes after assume a sparsity of {plan.sparsity:g} where the zeros of the model decide; "
             "`sparse-rt inspect` on the source counts them"
         )
+    if plan.options.ratios == "owl":
+        weights = sum(plan.source.tensors[key].numel for keys in plan.blocks for key in keys)
+        notes.append(
+            f"--ratios owl first runs every block once over the calibration data, unpruned: the {weights:,} weights of "
+            f"{len(plan.blocks)} blocks are read twice; the memory is that of pruning. Bytes of single weights will "
+            "differ, their sum will not"
+        )
     return {
         "dry_run": True,
         "source": source_facts(plan.source),
@@ -201,7 +215,7 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{_who(plan)} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
-            "copy its tokenizer files there, or use --method magnitude without --reconstruct"
+            "copy its tokenizer files there, or use --method magnitude without --reconstruct and --ratios"
         ) from error
     length = window_length(plan)
     if length < options.max_seq_len:
@@ -218,7 +232,9 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
 
 
 def _who(plan: Plan) -> str:
-    return plan.options.method if plan.pruner.needs_calibration else "--reconstruct"
+    if plan.pruner.needs_calibration:
+        return plan.options.method
+    return "--reconstruct" if plan.options.reconstruct else "--ratios owl"
 
 
 def parameter_loader(plan: Plan) -> Callable[[str], Tensor]:
@@ -250,6 +266,9 @@ def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
     if options.reconstruct:
         names = ("reconstruct", "reconstruct_learning_rate")
         used |= {name: getattr(options, name) for name in names}
+    if options.ratios == "owl":
+        spread, threshold = owl_setting(options)
+        used |= {"ratios": options.ratios, "owl_lambda": spread, "owl_threshold": threshold}
     if plan.runs_model:
         used |= {"dataset": options.dataset or "shipped calibration text", "seed": options.seed}
         samples, length = (options.num_samples, window_length(plan)) if tokens is None else tokens.shape
