@@ -24,7 +24,7 @@ def correlated_inputs(sequences=6, tokens=48, n=64, seed=0):
 
 
 def stats_of(inputs):
-    stats = ActivationStats(inputs[0].shape[-1], gram=True, expected_sequences=len(inputs))
+    stats = ActivationStats(inputs[0].shape[-1], gram=True, expected_sequences=len(inputs), moments=True)
     for x in inputs:
         stats.add(x.unsqueeze(0))
     return stats
@@ -178,7 +178,7 @@ def peak_bytes(function, trace):
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("name", CHOOSING)
+@pytest.mark.parametrize("name", [*CHOOSING, "wanda+dsnot"])
 @pytest.mark.parametrize("m,n", [(96, 256), (512, 192)])
 def test_the_workspace_is_what_pruning_takes(m, n, name, pattern, tmp_path):
     weight, stats, pruner = torch.randn(m, n), stats_of(correlated_inputs(n=n)), get_pruner(name)
