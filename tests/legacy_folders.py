@@ -17,6 +17,49 @@ from sparse_rt.formats import get_format
 KINDS = ("sparse-bitmask", "old", "sparse-24-bitmask")
 
 
+GOLDEN = Path(__file__).parent / "golden_checkpoints"
+GOLDEN_CONFIG = dict(
+    vocab_size=24, hidden_size=16, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0,
+)  # fmt: skip
+
+
+def golden_tensors(dtype: torch.dtype, pattern: str) -> dict[str, Tensor]:
+    """The weights of the golden folders, from a formula: every number is exact in bfloat16.
+
+    Pruned projections have a row of zeros, a negative zero and, when 2:4, groups with one and with no nonzero.
+    """
+    h, i, kv, v = 16, 20, 8, 24
+    layer = {
+        "self_attn.q_proj": (h, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h),
+        "self_attn.o_proj": (h, h), "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i),
+    }  # fmt: skip
+    shapes = {"model.embed_tokens.weight": (v, h), "model.norm.weight": (h,), "lm_head.weight": (v, h)}
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        shapes[f"model.layers.0.{name}.weight"] = (h,)
+    for name, shape in layer.items():
+        shapes[f"model.layers.0.{name}.weight"] = shape
+        if name[-6:] in ("q_proj", "k_proj", "v_proj"):
+            shapes[f"model.layers.0.{name}.bias"] = shape[:1]
+    tensors = {}
+    for number, (name, shape) in enumerate(sorted(shapes.items())):
+        index = torch.arange(torch.Size(shape).numel())
+        value = ((index * 40503 + number * 9973 + 77) % 4093 % 511 - 255) / 256
+        if name.endswith("_proj.weight"):
+            if pattern == "2:4":
+                pairs = torch.tensor(
+                    [[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]]
+                )
+                kept = pairs[(index[: index.numel() // 4] * 7 + number) % 6].flatten().bool()
+            else:
+                kept = (index * 7919 + number) % 101 % 5 < 2
+            value = torch.where(kept, value, 0.0)
+            value.view(shape)[2] = 0
+            value[kept.nonzero()[3]] = -0.0
+        tensors[name] = value.view(shape).to(dtype)
+    return tensors
+
+
 def encode(name: str, weight: Tensor, kind: str) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of one weight, and its mask."""
     mask = weight != 0

@@ -1,8 +1,11 @@
 """Reading the sparse checkpoints of compressed-tensors (up to 0.14): ``sparse-bitmask`` and ``sparse-24-bitmask``.
 
-A compressed weight NAME is NAME.compressed (kept values in row-major order, flat; [m, n/2] for 2:4), NAME.bitmask
-(uint8 [m, ceil(n/8)], little bit order), NAME.shape and, for sparse-bitmask, NAME.row_offsets. NAME is the module or
-the module with ".weight": both were written over time. The bitmask is taken as it is: explicit zeros stay kept.
+A compressed tensor NAME is NAME.compressed (kept values in row-major order, flat; [m, n/2] for 2:4), NAME.bitmask
+(uint8 [m, ceil(n/8)], little bit order), NAME.shape and, for sparse-bitmask, NAME.row_offsets. The bitmask is taken as
+it is: explicit zeros stay kept.
+
+What NAME is changed with release 0.9.0. Before, every tensor of the model was compressed, norms, biases and embeddings
+included, under its full name; since then only the weights of linear modules are, under the name of the module.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from sparse_rt.formats import VALUE_DTYPES
 from sparse_rt.formats.packing import row_counts, unpack_bits
 
 SPARSE_FORMATS = ("sparse-bitmask", "sparse-24-bitmask")
+# Four-bit weights, 2:4: a format of the quantization that says nothing about sparsity elsewhere in config.json.
+MARLIN = "marlin-24"
 _PARTS = ("compressed", "bitmask", "shape", "row_offsets")
 
 
@@ -36,10 +41,12 @@ def sparsity_format(stored: dict[str, Any]) -> str | None:
     sparsity = described.get("sparsity_config") or stored.get("sparsity_config") or {}
     name = sparsity.get("format") or "dense"
     quantized = bool(described.get("config_groups")) or described.get("format", "dense") not in ("dense", name)
-    if quantized and name in SPARSE_FORMATS:
+    stored_as = described.get("format")
+    if quantized and (name in SPARSE_FORMATS or stored_as == MARLIN):
+        sparse = "2:4" if stored_as == MARLIN else name
         raise UserError(
-            f"the model is sparse ({name}) and quantized ({described.get('format')}); sparse-rt stores plain values "
-            "only, convert the sparse model from before its quantization"
+            f"the model is sparse ({sparse}) and quantized ({stored_as}); sparse-rt stores plain values only, convert "
+            "the sparse model from before its quantization"
         )
     return None if quantized or name not in ("dense", *SPARSE_FORMATS) else name
 
@@ -57,27 +64,31 @@ class CompressedWeight:
 
 
 class CompressedTensors:
-    """The compressed weights of a checkpoint, by the dense name ``NAME.weight``."""
+    """The compressed tensors of a checkpoint, by the name each has in a dense one (``NAME.weight``, ``NAME.bias``)."""
 
     def __init__(self, checkpoint: SourceCheckpoint):
         self.checkpoint = checkpoint
         self.weights: dict[str, CompressedWeight] = {}
         self.parts: set[str] = set()
-        for name in checkpoint.tensors:
-            prefix, _, part = name.rpartition(".")
-            if part == "compressed":
-                self._add(prefix)
-        if not self.weights:
+        compressed = (name.rpartition(".") for name in checkpoint.tensors)
+        prefixes = [prefix for prefix, _, part in compressed if part == "compressed"]
+        if not prefixes:
             raise FormatError(f"{checkpoint.folder}: config.json announces sparse weights, no NAME.compressed is there")
+        # Releases before 0.9.0 wrote every tensor's full name, and some weight is always among them.
+        full_names = any(prefix.endswith(".weight") for prefix in prefixes)
+        for prefix in prefixes:
+            self._add(prefix, prefix if full_names else f"{prefix}.weight")
 
-    def _add(self, prefix: str) -> None:
+    def _add(self, prefix: str, name: str) -> None:
         for part in ("bitmask", "shape"):
             if f"{prefix}.{part}" not in self.checkpoint.tensors:
                 raise FormatError(f"tensor {prefix}.{part} is missing beside {prefix}.compressed")
         # A few integers: the column count cannot be told from the bitmask, which is padded to bytes.
         shape = tuple(int(size) for size in self.checkpoint.load(f"{prefix}.shape").flatten())
+        if not shape or min(shape) < 1:
+            raise FormatError(f"{prefix}.shape says {list(shape)}, which is not the shape of a tensor")
         values = self.checkpoint.tensors[f"{prefix}.compressed"]
-        if values.dtype not in VALUE_DTYPES:
+        if values.dtype not in VALUE_DTYPES and name.endswith(".weight"):
             raise UserError(
                 f"{prefix}.compressed is {values.dtype}: sparse and quantized weights cannot be converted, only plain "
                 f"{', '.join(str(dtype) for dtype in VALUE_DTYPES)}"
@@ -86,7 +97,6 @@ class CompressedTensors:
         found = self.checkpoint.tensors[f"{prefix}.bitmask"].shape
         if math.prod(found) != math.prod(want):
             raise FormatError(f"{prefix}.bitmask has shape {found}, a weight of shape {shape} needs {want}")
-        name = prefix if prefix.endswith(".weight") else f"{prefix}.weight"
         self.weights[name] = CompressedWeight(prefix, values.dtype, shape, math.prod(values.shape))
         self.parts |= {f"{prefix}.{part}" for part in _PARTS if f"{prefix}.{part}" in self.checkpoint.tensors}
 
