@@ -57,7 +57,9 @@ class ConvertOptions(Options):
     pattern: str = Field("2:4", description="2:4, N:M (N kept of M columns) or unstructured")
     sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
     method: str = Field(
-        "magnitude", description="none (already pruned), magnitude, wanda, ria, sparsegpt; with +dsnot repaired"
+        "magnitude",
+        description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm or alps; repaired with +dsnot, "
+        "+admm or +pcg",
     )
     ratios: Literal["uniform", "owl"] = Field(
         "uniform", description="how much goes in each decoder block: uniform, or owl (less where outliers are many)"

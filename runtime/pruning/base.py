@@ -27,9 +27,13 @@ _PRUNERS: Registry[type[Pruner]] = Registry(
         "sparse_rt.pruning.wanda",
         "sparse_rt.pruning.ria",
         "sparse_rt.pruning.sparsegpt",
+        "sparse_rt.pruning.admm",
+        "sparse_rt.pruning.alps",
     ),
 )
-_REPAIRS: Registry[type[Repair]] = Registry("repair", ("sparse_rt.pruning.dsnot",))
+_REPAIRS: Registry[type[Repair]] = Registry(
+    "repair", ("sparse_rt.pruning.dsnot", "sparse_rt.pruning.admm", "sparse_rt.pruning.alps")
+)
 
 
 def register_pruner(cls: type[Pruner]) -> type[Pruner]:

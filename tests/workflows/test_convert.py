@@ -85,6 +85,7 @@ def prune_whole_model(folder, method, pattern, sparsity):
 
 CASES = [("magnitude", "unstructured"), ("wanda", "2:4"), ("sparsegpt", "unstructured")]
 CASES_LLAMA = [("magnitude", "2:4"), ("wanda", "unstructured"), ("sparsegpt", "4:8")]
+CASES_LLAMA += [("alps", "2:4"), ("admm", "unstructured"), ("magnitude+admm+pcg", "4:8")]
 
 
 @pytest.mark.parametrize(
@@ -388,14 +389,14 @@ def test_tensors_under_other_names_stay_dense_and_loadable(families, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt", "wanda+admm", "alps"])
 def test_on_a_gpu(families, method, tmp_path):
     run(families["llama"], tmp_path / "gpu", method=method, device="cuda")
     run(families["llama"], tmp_path / "cpu", method=method, device="cpu")
     gpu, cpu = (Checkpoint.open(tmp_path / name) for name in ("gpu", "cpu"))
     for name in cpu.weights:
         equal = (gpu.load_weight(name)[1] == cpu.load_weight(name)[1]).float().mean()
-        assert equal > (0.99 if method != "sparsegpt" else 0.9)
+        assert equal > (0.9 if method in ("sparsegpt", "alps") else 0.99)
 
 
 def test_the_shipped_model_by_default_options(tmp_path):
