@@ -74,6 +74,9 @@ class ConvertOptions(Options):
     num_samples: int = Field(128, ge=1, description="calibration sequences")
     max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")
     seed: int = Field(0, description="chooses the calibration sequences")
+    permute: bool = Field(
+        False, description="N:M: input channels in an order that hurts less, as RIA does; the model computes the same"
+    )
     reconstruct: int = Field(
         0, ge=0, description="steps that train each block's kept weights to give the dense block's output; 0: none"
     )

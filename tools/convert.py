@@ -37,6 +37,13 @@ def report(result: dict[str, Any]) -> None:
         error = result.get("mean_reconstruction_error")
         detail = f", mean reconstruction error {error:.4f}" if error is not None else ""
         show(f"mean sparsity {result['mean_sparsity']:.4f}{detail}, {duration(result['seconds'])}")
+        if "permuted" in result:
+            shares = list(result["permuted"].values())
+            before, after = (sum(share[i] for share in shares) / max(len(shares), 1) for i in (0, 1))
+            show(
+                f"permuted the inputs of {len(shares)} of {len(result['sparsity'])} weights; they keep {after:.4f} of "
+                f"their RIA scores instead of {before:.4f}"
+            )
         if "block_error" in result:
             before, after = result["mean_block_error_before"], result["mean_block_error_after"]
             show(f"reconstruction: mean error of a block's output {before:.4f} -> {after:.4f} of its size")

@@ -173,7 +173,7 @@ class Plan:
 
 
 def runs_model(options: ConvertOptions, pruner: Pruner) -> bool:
-    return pruner.needs_calibration or options.reconstruct > 0 or options.ratios == "owl"
+    return pruner.needs_calibration or options.reconstruct > 0 or options.permute or options.ratios == "owl"
 
 
 def owl_setting(options: ConvertOptions) -> tuple[float, float]:
@@ -240,7 +240,7 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
     if key is None:
         who, instead = pruner.name, "use --method magnitude"
         if not pruner.needs_calibration:
-            who, instead = "--reconstruct or --ratios", "leave it out"
+            who, instead = "--reconstruct, --permute or --ratios", "leave it out"
         raise UserError(
             f"{who} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
             f"together from several, as in mixtures of experts); {instead}"
@@ -268,6 +268,7 @@ def _check_options(options: ConvertOptions) -> list[str]:
             "no dense one; convert the model as it was before pruning, with a --method that prunes"
         )
     _check_ratios(options, fmt)
+    _check_permute(options)
     if options.method == "none" and "sparsity" in options.model_fields_set:
         notes.append("--sparsity is not used by --method none: the zeros of the model decide")
     return notes
@@ -286,6 +287,21 @@ def _check_ratios(options: ConvertOptions, fmt: Format) -> None:
         )
     sparsity = options.sparsity if fmt.default_sparsity is None else fmt.default_sparsity
     ratios.check_spread(owl_setting(options)[0], sparsity, fmt.group)
+
+
+def _check_permute(options: ConvertOptions) -> None:
+    if not options.permute:
+        return
+    if options.method == "none":
+        raise UserError(
+            "--permute puts input channels in another order before they are pruned, and --method none prunes nothing; "
+            "leave it out, or choose a --method that prunes"
+        )
+    if not any(get_format(pattern).group for pattern in (options.pattern, *options.overrides.values())):
+        raise UserError(
+            f"--permute is for N:M patterns, whose groups it fills anew, and the pattern is {options.pattern}; leave "
+            "it out, or choose a --pattern such as 2:4"
+        )
 
 
 def _block_index(key: str, structure: Structure, blocks_name: str | None) -> int | None:

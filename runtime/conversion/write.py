@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_rt.checkpoint import CheckpointWriter
+from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import MAX_DENSITY, Decision, Plan
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
@@ -61,6 +62,7 @@ class Writing:
         self.plan, self.writer, self.device = plan, writer, device
         self.done = writer.done
         self.facts = Facts(writer.folder, resume)
+        self.permuting = Permuting(plan, self.facts) if plan.options.permute else None
         if any(d.pattern and d.name in self.done and d.name not in self.facts.known for d in plan.decisions.values()):
             raise UserError("cannot resume: the notes of the unfinished conversion are damaged; start over")
         for name, fact in self.facts.known.items():
@@ -74,7 +76,7 @@ class Writing:
         if key in self.done or (decision and decision.name in self.done):
             return
         if decision is None or decision.pattern is None:
-            self._copy(key, self.plan.source.load(key))
+            self._copy(key, self._load(key))
             return
         weight = self.read(decision)
         compressed = self.compress(decision, weight, stats=None)
@@ -85,9 +87,13 @@ class Writing:
 
     def read(self, decision: Decision) -> Tensor:
         """The dense weight of ``decision``; ``FormatError`` for NaN or Inf, -0.0 made +0.0."""
-        weight = self.plan.source.load(decision.key)
+        weight = self._load(decision.key)
         check_finite(decision.key, weight)
         return normalize_zeros(weight)
+
+    def _load(self, key: str) -> Tensor:
+        tensor = self.plan.source.load(key)
+        return tensor if self.permuting is None else self.permuting.arranged(key, tensor)
 
     def compress(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Compressed | None:
         """Prune ``weight``, in the stored dtype; None when it stays dense."""
@@ -168,6 +174,8 @@ def write_weights(writing: Writing, runner: BlockRunner | None, tokens: Tensor |
         return
     progress.stage(f"embedding {len(tokens)} calibration sequences of {tokens.shape[1]} tokens")
     runner.start(tokens)
+    if writing.permuting is not None:
+        writing.permuting.start(runner, tokens)
     for index in progress.track(
         range(len(plan.blocks)), f"{plan.options.method}, block by block", total=len(plan.blocks)
     ):
@@ -187,6 +195,8 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
         if plan.options.reconstruct:
             runner.advance_dense(index)
     if finished and not last:
+        if writing.permuting is not None:
+            writing.permuting.restore(runner, index)
         for decision in decisions:
             runner.set_weight(index, _inner(plan, runner, index, decision), read_back(writing.writer, decision))
     elif not finished:
@@ -214,6 +224,8 @@ def _prune_open_block(
         for d in decisions
     }
     runner.collect(index, stats)
+    if writing.permuting is not None:
+        writing.permuting.choose(runner, index, {_inner(plan, runner, index, d): d for d in decisions}, stats)
     compressed = {}
     for decision in decisions:
         inner = _inner(plan, runner, index, decision)

@@ -99,7 +99,7 @@ def reconstruct(
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * schedule.factor(step)
         for sequence in batch:
-            args, kwargs = _widened(runner.call(index, sequence))
+            args, kwargs = widened(runner.call(index, sequence))
             output = twin(runner.hidden[sequence].to(runner.device, torch.float32), *args, **kwargs)
             output = output[0] if isinstance(output, tuple) else output
             target = runner.dense[sequence].to(runner.device, torch.float32)
@@ -139,12 +139,12 @@ def _rms(values: Tensor) -> float:
     return float(values.detach().square().mean().sqrt())
 
 
-def _widened(value: Any) -> Any:
+def widened(value: Any) -> Any:
     """``value`` with every floating-point tensor in it (masks, rotations) in float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
-        return type(value)(_widened(part) for part in value)
+        return type(value)(widened(part) for part in value)
     if isinstance(value, dict):
-        return {key: _widened(part) for key, part in value.items()}
+        return {key: widened(part) for key, part in value.items()}
     return value

@@ -68,6 +68,15 @@ class ActivationStats:
         """sqrt of the mean over sequences of ||X_:j||^2, float32 [n]."""
         return (self.sum_squares / self.sequences).sqrt()
 
+    def permute(self, order: Tensor) -> None:
+        """As if input j had been input ``order[j]`` (int64 [n]) all along."""
+        self.sum_squares = self.sum_squares[order]
+        if self.gram is not None:
+            self.gram = self.gram[order][:, order]
+        if self._total is not None:
+            self._total, self._deviations = self._total[order], self._deviations[order]
+        self._sample = [rows[:, order] for rows in self._sample]
+
     def check_finite(self, name: str) -> None:
         """``SparseRTError`` when an input of layer ``name`` was NaN or Inf: nothing sensible can be pruned by it."""
         if not bool(torch.isfinite(self.sum_squares).all()):

@@ -17,7 +17,17 @@ from torch import Tensor
 from sparse_rt.checkpoint import CheckpointWriter, check_output, output_directory, partial_path
 from sparse_rt.checkpoint.writer import JOURNAL_NAME
 from sparse_rt.config import ConvertOptions, parse_size
-from sparse_rt.conversion import Plan, Source, Writing, make_plan, open_source, ratios, read_structure, write_weights
+from sparse_rt.conversion import (
+    Plan,
+    Source,
+    Writing,
+    make_plan,
+    open_source,
+    permute,
+    ratios,
+    read_structure,
+    write_weights,
+)
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.conversion.plan import checkpoint_key, owl_setting
 from sparse_rt.data import read_texts, token_windows
@@ -31,7 +41,7 @@ from sparse_rt.version import __version__
 
 # Options that change the bytes written; with another value for one of them an interrupted run is not continued.
 RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "overrides", "dtype", "max_shard_size")
-RELEVANT += ("reconstruct", "reconstruct_learning_rate", "ratios", "owl_lambda", "owl_threshold")
+RELEVANT += ("reconstruct", "reconstruct_learning_rate", "ratios", "owl_lambda", "owl_threshold", "permute")
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -105,11 +115,13 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
     facts = report(plan, writing.facts.known, writer)
     if blocks:
         facts["ratios"] = ratios.ratio_facts(plan, blocks)
+    if plan.options.permute:
+        facts |= permute.facts_of(writing.facts.known, plan)
     writer.sparse = plan.sparse_config()  # weights may have stayed dense because of what their data showed
     copy_small_files(plan.source.folder, writer.folder)
     about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
     (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse))
-    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error", "ratios")
+    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error", "ratios", "permuted")
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
     writing.facts.remove()
@@ -215,7 +227,7 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"{_who(plan)} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
-            "copy its tokenizer files there, or use --method magnitude without --reconstruct and --ratios"
+            "copy its tokenizer files there, or use --method magnitude without --reconstruct, --permute and --ratios"
         ) from error
     length = window_length(plan)
     if length < options.max_seq_len:
@@ -234,7 +246,9 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
 def _who(plan: Plan) -> str:
     if plan.pruner.needs_calibration:
         return plan.options.method
-    return "--reconstruct" if plan.options.reconstruct else "--ratios owl"
+    if plan.options.reconstruct:
+        return "--reconstruct"
+    return "--permute" if plan.options.permute else "--ratios owl"
 
 
 def parameter_loader(plan: Plan) -> Callable[[str], Tensor]:
@@ -269,6 +283,8 @@ def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
     if options.ratios == "owl":
         spread, threshold = owl_setting(options)
         used |= {"ratios": options.ratios, "owl_lambda": spread, "owl_threshold": threshold}
+    if options.permute:
+        used["permute"] = True
     if plan.runs_model:
         used |= {"dataset": options.dataset or "shipped calibration text", "seed": options.seed}
         samples, length = (options.num_samples, window_length(plan)) if tokens is None else tokens.shape
