@@ -61,6 +61,9 @@ class ConvertOptions(Options):
         description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm or alps; repaired with +dsnot, "
         "+admm or +pcg",
     )
+    transposable: bool = Field(
+        False, description="N:M: as many kept in every column of M x M blocks as in every row, so that W^T is N:M too"
+    )
     ratios: Literal["uniform", "owl"] = Field(
         "uniform", description="how much goes in each decoder block: uniform, or owl (less where outliers are many)"
     )

@@ -88,6 +88,7 @@ def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
         "pattern": config.pattern,
         **{f"pattern of `{name}`": override.pattern for name, override in config.overrides.items()},
         "method": "none (the source was pruned already)" if options["method"] == "none" else options["method"],
+        **({"masks": "transposable: N of M in columns too"} if options.get("transposable") else {}),
         "sparsity of the compressed weights": f"{facts['mean_sparsity']:.4f}",
         "linear weights compressed": f"{facts['coverage_percent']:.2f}% of their bytes",
         "size": f"{facts['compressed_bytes']:,} bytes, {facts['ratio']:.3f} of the dense {facts['dense_bytes']:,}",

@@ -20,6 +20,7 @@ from sparse_rt.errors import UserError
 from sparse_rt.formats import VALUE_DTYPES, Format, get_format
 from sparse_rt.formats.base import num_kept
 from sparse_rt.pruning import Pruner, find_blocks, get_pruner, ratios
+from sparse_rt.pruning.transposable import TransposableFormat
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # With --method none an unstructured weight denser than this stays dense: at 0.85 bfloat16 saves under 9% of the bytes
@@ -94,6 +95,10 @@ class Plan:
                 others[d.name] = d.pattern
         overrides |= compact_overrides(others)
         return SparseConfig(pattern=self.options.pattern, ignore=ignore, overrides=overrides)
+
+    def format_of(self, decision: Decision) -> Format:
+        """The format that chooses the mask of ``decision``."""
+        return choosing_format(decision.pattern, self.options)
 
     def inner_name(self, index: int, decision: Decision) -> str:
         """Name of the linear of ``decision`` inside its block ``index``."""
@@ -185,6 +190,11 @@ def owl_setting(options: ConvertOptions) -> tuple[float, float]:
     )
 
 
+def choosing_format(pattern: str, options: ConvertOptions) -> Format:
+    fmt = get_format(pattern)
+    return TransposableFormat(fmt) if options.transposable and fmt.group else fmt
+
+
 def stored_dtype(option: str, tensor: SourceTensor) -> torch.dtype:
     """Dtype a source tensor is written in; integer tensors stay as they are."""
     if option == "auto" or not tensor.dtype.is_floating_point:
@@ -201,7 +211,7 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     that names no linear module, or when nothing would be compressed.
     """
     pruner = get_pruner(options.method)
-    notes = _check_options(options)
+    notes = _check_options(options, pruner)
     blocks_name, count = None, 0
     if runs_model(options, pruner):
         blocks_name, modules = find_blocks(structure.model)
@@ -248,7 +258,7 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
     return key
 
 
-def _check_options(options: ConvertOptions) -> list[str]:
+def _check_options(options: ConvertOptions, pruner: Pruner) -> list[str]:
     notes = []
     fmt = get_format(options.pattern)
     for pattern in options.overrides.values():
@@ -269,6 +279,8 @@ def _check_options(options: ConvertOptions) -> list[str]:
         )
     _check_ratios(options, fmt)
     _check_permute(options)
+    if options.transposable:
+        _check_transposable(options, fmt, pruner)
     if options.method == "none" and "sparsity" in options.model_fields_set:
         notes.append("--sparsity is not used by --method none: the zeros of the model decide")
     return notes
@@ -301,6 +313,24 @@ def _check_permute(options: ConvertOptions) -> None:
         raise UserError(
             f"--permute is for N:M patterns, whose groups it fills anew, and the pattern is {options.pattern}; leave "
             "it out, or choose a --pattern such as 2:4"
+        )
+
+
+def _check_transposable(options: ConvertOptions, fmt: Format, pruner: Pruner) -> None:
+    if not fmt.group:
+        raise UserError(
+            f"--transposable needs groups in rows and columns, and the pattern {fmt.pattern} has none; choose N:M, for "
+            "example --pattern 2:4"
+        )
+    if not pruner.prunes:
+        raise UserError(
+            f"--transposable chooses a mask, and --method {pruner.name} takes the one that is there; leave it out, or "
+            "choose a --method that prunes"
+        )
+    if not pruner.keeps_columns:
+        raise UserError(
+            f"--method {pruner.name} moves single positions within their row, which changes how many a column keeps; "
+            "use --transposable without that repair"
         )
 
 
@@ -343,7 +373,7 @@ def _decide(
     else:
         chosen = next((p for pattern, p in options.overrides.items() if matches(name, pattern)), None)
         decision.overridden = chosen is not None
-        fmt = get_format(chosen or options.pattern)
+        fmt = choosing_format(chosen or options.pattern, options)
         decision.reason = fmt.refuse_shape(*tensor.shape)
         if decision.reason is None:
             decision.pattern = fmt.pattern

@@ -15,10 +15,11 @@ from torch import Tensor
 from sparse_rt.checkpoint import CheckpointWriter
 from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import MAX_DENSITY, Decision, Plan
-from sparse_rt.errors import FormatError, UserError
+from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.progress import Progress
 from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Schedule, reconstruct
+from sparse_rt.pruning.transposable import TransposableFormat
 
 FACTS_NAME = ".facts.jsonl"  # hidden: the manifest does not list it, it goes when everything else is in place
 
@@ -116,18 +117,23 @@ class Writing:
         return compressed
 
     def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, Tensor]:
-        plan, fmt = self.plan, get_format(decision.pattern)
+        plan, fmt = self.plan, self.plan.format_of(decision)
         try:
             if plan.options.method == "none":
                 mask = self._stored_mask(decision, fmt)
                 if mask is not None:
                     return weight, mask
-            return plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity)
+            new, mask = plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity)
         except FormatError as error:
             raise FormatError(
                 f"{decision.key} does not obey the pattern {fmt.pattern}: {error} (--method magnitude does), give it "
                 f"another pattern (--overrides {decision.name}=unstructured) or leave it dense (--ignore)"
             ) from error
+        if isinstance(fmt, TransposableFormat) and not fmt.allows(mask):
+            raise SparseRTError(
+                f"{plan.options.method} left a mask for {decision.key} that is not transposable; use another --method"
+            )
+        return new, mask
 
     def _stored_mask(self, decision: Decision, fmt) -> Tensor | None:
         """The mask that the source stores, when it is legal as it is: explicit zeros then stay kept."""

@@ -71,7 +71,9 @@ def known_repairs() -> list[str]:
 class Pruner(ABC):
     """One method. ``needs_gram`` asks the statistics for X^T X (n x n), ``needs_moments`` for sums and variances.
 
-    ``scope`` says what keeps the requested share in an unstructured weight: every "row", or the "matrix" as a whole.
+    ``keeps_columns`` says that every mask is one of ``fmt.mask_from_scores`` as it is, and so transposable where the
+    format chooses such masks. ``scope`` says what keeps the requested share in an unstructured weight: every "row", or
+    the "matrix" as a whole.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Pruner(ABC):
     needs_calibration = False
     needs_gram = False
     needs_moments = False
+    keeps_columns = True
     scope = "matrix"
 
     @abstractmethod
@@ -109,6 +112,7 @@ class Repair(ABC):
     name: str
     needs_gram = False
     needs_moments = False
+    keeps_columns = True  # as for a pruner
 
     @abstractmethod
     def repair(
@@ -134,6 +138,7 @@ class Composed(Pruner):
         self.name = "+".join(part.name for part in (pruner, *repairs))
         self.needs_gram = any(part.needs_gram for part in (pruner, *repairs))
         self.needs_moments = any(part.needs_moments for part in (pruner, *repairs))
+        self.keeps_columns = all(part.keeps_columns for part in (pruner, *repairs))
         self.scope = pruner.scope
 
     def prune(

@@ -37,6 +37,7 @@ class DSnoT(Repair):
 
     name = "dsnot"
     needs_moments = True
+    keeps_columns = False
 
     def repair(
         self, dense: Tensor, weight: Tensor, mask: Tensor, stats: ActivationStats, fmt: Format
