@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sparse_rt.errors import UserError
 
@@ -54,7 +54,11 @@ def check_pattern(pattern: Any) -> Any:
 class ConvertOptions(Options):
     model: str
     output_dir: Path
-    pattern: str = Field("2:4", description="2:4, N:M (N kept of M columns) or unstructured")
+    pattern: str = Field(
+        "2:4",
+        description="2:4, N:M (N kept of M columns) or unstructured; auto, the default of --method none, finds for "
+        "each weight which of them its zeros obey",
+    )
     sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
     method: str = Field(
         "magnitude",
@@ -103,6 +107,12 @@ class ConvertOptions(Options):
     @classmethod
     def _pattern(cls, value):
         return check_pattern(value)
+
+    @model_validator(mode="after")
+    def _default_of_none(self):
+        if self.method == "none" and "pattern" not in self.model_fields_set:
+            self.pattern = "auto"
+        return self
 
     @field_validator("overrides", mode="before")
     @classmethod

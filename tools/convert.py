@@ -34,6 +34,8 @@ def report(result: dict[str, Any]) -> None:
         f"{size(result['dense_bytes'])} -> {size(result['compressed_bytes'])} ({result['ratio']:.3f} of dense)"
     )
     if not planned:
+        found = ", ".join(f"{count} {pattern}" for pattern, count in result["patterns"].items())
+        show(f"patterns of the compressed weights: {found}")
         error = result.get("mean_reconstruction_error")
         detail = f", mean reconstruction error {error:.4f}" if error is not None else ""
         show(f"mean sparsity {result['mean_sparsity']:.4f}{detail}, {duration(result['seconds'])}")

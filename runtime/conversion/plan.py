@@ -13,6 +13,7 @@ from sparse_rt.checkpoint import SparseConfig, matches
 from sparse_rt.checkpoint.config import Override
 from sparse_rt.config import ConvertOptions, parse_size
 from sparse_rt.conversion import structure as kinds
+from sparse_rt.conversion.detect import AUTO, Detected, most_common
 from sparse_rt.conversion.overrides import compact_overrides
 from sparse_rt.conversion.source import Source, SourceTensor
 from sparse_rt.conversion.structure import Structure
@@ -23,11 +24,6 @@ from sparse_rt.pruning import Pruner, find_blocks, get_pruner, ratios
 from sparse_rt.pruning.transposable import TransposableFormat
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# With --method none an unstructured weight denser than this stays dense: at 0.85 bfloat16 saves under 9% of the bytes
-# and a sparse kernel has nothing to skip.
-MAX_DENSITY = 0.85
-
-
 # One projection of one expert, as most mixtures are stored.
 EXPERT = re.compile(r"\.experts\.\d+\.")
 FUSED = (
@@ -38,7 +34,10 @@ FUSED = (
 
 @dataclass
 class Decision:
-    """One linear weight: ``key`` in the checkpoint, ``name`` is the key without ".weight"; dense when no pattern."""
+    """One linear weight: ``key`` in the checkpoint, ``name`` is the key without ".weight"; dense when no pattern.
+
+    ``pattern`` is "auto" until the weight is read, where its zeros decide.
+    """
 
     key: str
     name: str
@@ -49,6 +48,7 @@ class Decision:
     nnz: int | None = None  # kept weights, None when only the data tells
     sparsity: float | None = None  # that an unstructured weight is pruned to, None where pattern or data decide
     overridden: bool = False  # the pattern was chosen for this weight, not for the model
+    detected: Detected | None = None  # what its zeros said
 
     @property
     def dense_bytes(self) -> int:
@@ -58,7 +58,7 @@ class Decision:
         """Bytes on disk; where the data decides, ``assumed_sparsity`` stands in."""
         if self.pattern is None:
             return self.dense_bytes
-        fmt, (m, n) = get_format(self.pattern), self.shape
+        fmt, (m, n) = get_format("unstructured" if self.pattern == AUTO else self.pattern), self.shape
         nnz = num_kept(m * n, assumed_sparsity) if self.nnz is None else self.nnz
         return nnz * self.dtype.itemsize + torch.Size(fmt.metadata_shape(m, n)).numel()
 
@@ -88,13 +88,19 @@ class Plan:
         ignore = [name for name in left if not any(name.startswith(prefix) for prefix in fused)]
         ignore += [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(fused)]
         ignore += [name for name in self.unmatched if name not in ignore]
-        overrides = {name: Override(pattern=pattern) for name, pattern in self.options.overrides.items()}
-        own, others = get_format(self.options.pattern).pattern, {}
-        for d in self.decisions.values():
-            if d.pattern not in (None, own) and not d.overridden:
-                others[d.name] = d.pattern
-        overrides |= compact_overrides(others)
-        return SparseConfig(pattern=self.options.pattern, ignore=ignore, overrides=overrides)
+        compressed = [d for d in self.decisions.values() if d.pattern]
+        if self.options.pattern == AUTO:
+            own = most_common(d.pattern for d in compressed if not d.overridden)
+        else:
+            own = get_format(self.options.pattern).pattern
+        given = self.options.overrides
+        # The order of overrides is lost in config.json: where two of them contradict each other, weights are named.
+        if any(len({p for name, p in given.items() if matches(d.name, name)}) > 1 for d in compressed):
+            given = {}
+        others = {d.name: d.pattern for d in compressed if not (d.overridden and given)}
+        others = {name: pattern for name, pattern in others.items() if pattern not in (AUTO, own)}
+        overrides = {name: Override(pattern=pattern) for name, pattern in given.items()} | compact_overrides(others)
+        return SparseConfig(pattern=own, ignore=ignore, overrides=overrides)
 
     def format_of(self, decision: Decision) -> Format:
         """The format that chooses the mask of ``decision``."""
@@ -260,7 +266,12 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
 
 def _check_options(options: ConvertOptions, pruner: Pruner) -> list[str]:
     notes = []
-    fmt = get_format(options.pattern)
+    if options.pattern == AUTO and options.method != "none":
+        raise UserError(
+            f"--pattern auto finds the pattern of a model that is pruned already, and --method {options.method} "
+            "prunes; give it a pattern (2:4, N:M, unstructured), or --method none"
+        )
+    fmt = get_format("unstructured" if options.pattern == AUTO else options.pattern)
     for pattern in options.overrides.values():
         get_format(pattern)
     if options.dtype != "auto" and options.dtype not in DTYPES:
@@ -317,15 +328,15 @@ def _check_permute(options: ConvertOptions) -> None:
 
 
 def _check_transposable(options: ConvertOptions, fmt: Format, pruner: Pruner) -> None:
-    if not fmt.group:
-        raise UserError(
-            f"--transposable needs groups in rows and columns, and the pattern {fmt.pattern} has none; choose N:M, for "
-            "example --pattern 2:4"
-        )
     if not pruner.prunes:
         raise UserError(
             f"--transposable chooses a mask, and --method {pruner.name} takes the one that is there; leave it out, or "
             "choose a --method that prunes"
+        )
+    if not fmt.group:
+        raise UserError(
+            f"--transposable needs groups in rows and columns, and the pattern {fmt.pattern} has none; choose N:M, for "
+            "example --pattern 2:4"
         )
     if not pruner.keeps_columns:
         raise UserError(
@@ -373,7 +384,11 @@ def _decide(
     else:
         chosen = next((p for pattern, p in options.overrides.items() if matches(name, pattern)), None)
         decision.overridden = chosen is not None
-        fmt = choosing_format(chosen or options.pattern, options)
+        chosen = chosen or options.pattern
+        if chosen == AUTO:
+            decision.pattern, decision.nnz = AUTO, tensor.nnz
+            return decision
+        fmt = choosing_format(chosen, options)
         decision.reason = fmt.refuse_shape(*tensor.shape)
         if decision.reason is None:
             decision.pattern = fmt.pattern

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_rt.checkpoint import CheckpointWriter
+from sparse_rt.conversion.detect import AUTO, MAX_DENSITY, Detected, detect
 from sparse_rt.conversion.permute import Permuting
-from sparse_rt.conversion.plan import MAX_DENSITY, Decision, Plan
+from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.progress import Progress
@@ -70,6 +71,9 @@ class Writing:
             decision = plan.decisions.get(f"{name}.weight")
             if decision is not None and "reason" in fact:
                 decision.pattern, decision.reason = None, fact["reason"]
+            elif decision is not None and "detected" in fact:
+                decision.detected = Detected(**fact["detected"])
+                decision.pattern = decision.detected.pattern
 
     def tensor(self, key: str) -> None:
         """Copy ``key`` as it is (in the stored dtype), or compress it when it is a weight that needs no calibration."""
@@ -80,11 +84,21 @@ class Writing:
             self._copy(key, self._load(key))
             return
         weight = self.read(decision)
-        compressed = self.compress(decision, weight, stats=None)
+        if decision.pattern == AUTO:
+            self._detect(decision, weight)
+        compressed = self.compress(decision, weight, stats=None) if decision.pattern else None
         if compressed is None:
             self._copy(key, weight)
         else:
             self.store(decision, compressed)
+
+    def _detect(self, decision: Decision, weight: Tensor) -> None:
+        """Give ``decision`` the pattern that the zeros of ``weight`` obey, or the reason to stay dense."""
+        stored = self.plan.source.stored_mask(decision.key)
+        found = decision.detected = detect(weight != 0 if stored is None else stored)
+        decision.pattern, decision.reason, decision.nnz = found.pattern, found.reason, found.nnz
+        if found.pattern is None:
+            self.facts.add(decision.name, reason=found.reason)
 
     def read(self, decision: Decision) -> Tensor:
         """The dense weight of ``decision``; ``FormatError`` for NaN or Inf, -0.0 made +0.0."""
@@ -110,6 +124,8 @@ class Writing:
         stored = cast(decision.key, new, decision.dtype)
         compressed = Compressed(decision.pattern, *fmt.compress(stored, mask))
         fact = {"sparsity": round(1 - nnz / mask.numel(), 6)}
+        if decision.detected:
+            fact["detected"] = asdict(decision.detected)
         if stats is not None:
             after = compressed.dense(*decision.shape)
             fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), after), 6)

@@ -7,6 +7,7 @@ import json
 import resource
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from sparse_rt.conversion import (
     read_structure,
     write_weights,
 )
+from sparse_rt.conversion.detect import AUTO, refuse_unpruned, transposed_note
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.conversion.plan import checkpoint_key, owl_setting
 from sparse_rt.data import read_texts, token_windows
@@ -67,6 +69,9 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
         progress.note(note)
     if options.dry_run:
         return dry_run(plan)
+    if not plan.pruner.prunes:
+        progress.stage("looking for zeros")
+        refuse_unpruned(source, plan.decisions.values())
     tokens = calibration_tokens(plan, progress) if plan.runs_model else None
     mark = fingerprint(plan, tokens, device)
     refuse_unfinished(output, options)
@@ -131,8 +136,9 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
 
 
 def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWriter) -> dict[str, Any]:
-    """Bytes, coverage, achieved sparsity and errors of a written model; refuses an empty result.
+    """Bytes, coverage, patterns, achieved sparsity and errors of a written model; refuses an empty result.
 
+    ``patterns`` counts the compressed weights of each pattern, the most common first.
     ``reconstruction_error`` is what the pruner did to the output of each linear, ``block_error`` the distance of each
     block's output to the dense model's before and after ``--reconstruct``.
     """
@@ -151,6 +157,9 @@ def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWrite
     elements = {d.name: torch.Size(d.shape).numel() for d in decisions}
     mean = sum(sparsity[name] * count for name, count in elements.items()) / sum(elements.values())
     result = {**totals, "mean_sparsity": round(mean, 6), "sparsity": sparsity, "skipped": plan.skipped()}
+    result["patterns"] = dict(sorted(Counter(d.pattern for d in decisions).items(), key=lambda item: (-item[1], item)))
+    down = {d.name: d.detected.transposed for d in decisions if d.detected and d.detected.transposed}
+    plan.notes.extend(transposed_note(down))
     if errors:
         result["reconstruction_error"] = errors
         result["mean_reconstruction_error"] = round(sum(errors.values()) / len(errors), 6)
@@ -182,6 +191,10 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         for d in plan.decisions.values()
     ]
     notes = list(plan.notes)
+    if plan.options.pattern == AUTO:
+        notes.append(
+            "--pattern auto reads the zeros of each weight when it converts it; the bytes are those of bitmasks"
+        )
     if any(d.pattern and d.nnz is None for d in plan.decisions.values()):
         notes.append(
             f"bytes after assume a sparsity of {plan.sparsity:g} where the zeros of the model decide; "

@@ -12,13 +12,10 @@ from sparse_rt.checkpoint import MANIFEST_NAME, Checkpoint, is_sparse_checkpoint
 from sparse_rt.config import InspectOptions
 from sparse_rt.conversion import Source, open_source, read_structure
 from sparse_rt.conversion import structure as kinds
-from sparse_rt.conversion.plan import MAX_DENSITY
+from sparse_rt.conversion.detect import GROUPS, MAX_DENSITY
 from sparse_rt.errors import UserError
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
-
-# Group sizes whose smallest legal N is looked for in a dense model.
-GROUPS = (4, 8, 16, 32)
 
 
 def inspect(options: InspectOptions, progress: Progress | None = None) -> dict[str, Any]:

@@ -234,9 +234,10 @@ def test_none_keeps_pruned_weights_bit_for_bit(families, tmp_path):
 
 def test_none_refuses_what_is_not_pruned(families, tmp_path):
     with pytest.raises(FormatError, match=r"layers\.0\.\S+ does not obey the pattern 2:4: row 0, columns 0\.\.3 hold"):
-        run(families["llama"], tmp_path / "out", method="none")
-    with pytest.raises(UserError, match="no weight of .* was compressed: density 1.0000 is above 0.85"):
-        run(families["llama"], tmp_path / "out", method="none", pattern="unstructured", ignore=[])
+        run(families["llama"], tmp_path / "out", method="none", pattern="2:4")
+    for options in ({}, {"pattern": "auto"}, {"pattern": "unstructured", "ignore": []}):
+        with pytest.raises(UserError, match="nothing to compress in .* density of .*, and 0.85 is allowed; prune it"):
+            run(families["llama"], tmp_path / "out", method="none", **options)
     assert list(tmp_path.iterdir()) == []
 
 

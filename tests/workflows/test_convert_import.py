@@ -64,7 +64,7 @@ def test_dry_run_knows_the_size(make, tmp_path):
     planned = run(source, tmp_path / "out", pattern="unstructured", dry_run=True)
     assert planned["compressed_bytes"] == run(source, tmp_path / "out", pattern="unstructured")["compressed_bytes"]
     with pytest.raises(FormatError, match="does not obey the pattern 2:4"):
-        run(source, tmp_path / "wrong")
+        run(source, tmp_path / "wrong", pattern="2:4")
 
 
 def test_quantized_and_damaged_sources_are_refused(make, tmp_path):
