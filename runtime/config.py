@@ -77,7 +77,12 @@ class ConvertOptions(Options):
     owl_threshold: float | None = Field(
         None, gt=0, description="owl: a score this many times the mean of its block is an outlier; default 5, for N:M 6"
     )
-    dataset: str | None = Field(None, description="calibration text: .txt, .jsonl, a folder or a hub data set")
+    dataset: str | None = Field(
+        None, description="calibration text: .txt, .jsonl, folder, hub data set, or self: what the model itself writes"
+    )
+    self_temperature: float | None = Field(
+        None, gt=0, description="temperature at which --dataset self samples; default 1"
+    )
     num_samples: int = Field(128, ge=1, description="calibration sequences")
     max_seq_len: int = Field(2048, ge=1, description="tokens of a calibration sequence")
     seed: int = Field(0, description="chooses the calibration sequences")

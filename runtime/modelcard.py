@@ -101,6 +101,8 @@ def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
         )
     if "dataset" in options:
         data = Path(options["dataset"]).name if Path(options["dataset"]).exists() else options["dataset"]
+        if "self_temperature" in options:
+            data = f"the model's own samples (temperature {options['self_temperature']:g})"
         rows["calibration"] = (
             f"{options['num_samples']} sequences of {options['max_seq_len']} tokens from {data}, seed {options['seed']}"
         )

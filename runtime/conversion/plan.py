@@ -288,6 +288,8 @@ def _check_options(options: ConvertOptions, pruner: Pruner) -> list[str]:
             "--reconstruct trains a pruned block to give the output of the dense one, and with --method none there is "
             "no dense one; convert the model as it was before pruning, with a --method that prunes"
         )
+    if options.self_temperature is not None and options.dataset != "self":
+        raise UserError("--self-temperature is an option of --dataset self; add that, or leave it out")
     _check_ratios(options, fmt)
     _check_permute(options)
     if options.transposable:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_rt.conversion import notes
 from sparse_rt.conversion.plan import Decision, Plan, known_count, owl_setting
 from sparse_rt.formats import Format, get_format
 from sparse_rt.formats.base import num_kept
 from sparse_rt.progress import Progress
 from sparse_rt.pruning import ActivationStats, BlockRunner, ratios
-
-OUTLIERS_NAME = ".outliers.json"  # hidden, as the notes on the weights are; removed with them
 
 
 def set_ratios(
@@ -34,10 +31,10 @@ def set_ratios(
     Outliers are counted once: a resumed conversion (equal ``mark``) reads them from ``folder``.
     """
     _, threshold = owl_setting(plan.options)
-    outliers = _stored(folder, mark)
+    outliers = notes.stored(folder, notes.OUTLIERS, mark)
     if outliers is None:
         outliers = _count_outliers(plan, load, tokens, device, threshold, progress)
-        _store(folder, mark, outliers)
+        notes.store(folder, notes.OUTLIERS, mark, outliers)
     return apply_outliers(plan, outliers)
 
 
@@ -123,23 +120,6 @@ def _count_outliers(
         outliers.append(ratios.outliers_percent(pairs, threshold) if pairs else 0.0)
         runner.close(index)
     return outliers
-
-
-def _stored(folder: Path, mark: str) -> list[float] | None:
-    try:
-        stored = json.loads((folder / OUTLIERS_NAME).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return stored["outliers"] if stored["fingerprint"] == mark else None
-
-
-def _store(folder: Path, mark: str, outliers: list[float]) -> None:
-    temporary = folder / (OUTLIERS_NAME + ".tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps({"fingerprint": mark, "outliers": outliers}))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(folder / OUTLIERS_NAME)
 
 
 def ratio_facts(plan: Plan, found: dict[str, dict[str, float]]) -> dict[str, Any]:

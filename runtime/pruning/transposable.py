@@ -29,8 +29,8 @@ SHARPNESS, ROUNDS = (10.0, 30.0, 90.0), 4
 LONGEST_STEP = 5.0  # in log odds: where all of a row is nearly decided Newton would leap
 SWEEPS = 2  # of exchanges between rows, at most
 ENUMERATED = 4  # largest M whose masks are enumerated
-# Scores worked on at once, so that they stay in a cache, and the fewest blocks: the M x M steps of rounding cost for one
-# block what they cost for hundreds.
+# Scores worked on at once, so that they stay in a cache, and the fewest blocks: rounding takes M x M steps, whether for
+# one or for hundreds of them.
 CHUNK, FEWEST = 1 << 19, 256
 
 

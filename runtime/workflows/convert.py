@@ -27,10 +27,12 @@ from sparse_rt.conversion import (
     permute,
     ratios,
     read_structure,
+    selfgen,
     write_weights,
 )
 from sparse_rt.conversion.detect import AUTO, refuse_unpruned, transposed_note
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
+from sparse_rt.conversion.notes import remove_notes
 from sparse_rt.conversion.plan import checkpoint_key, owl_setting
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
@@ -39,6 +41,7 @@ from sparse_rt.hf.load import load_tokenizer
 from sparse_rt.modelcard import model_card
 from sparse_rt.progress import Progress
 from sparse_rt.pruning import BlockRunner
+from sparse_rt.report import size
 from sparse_rt.version import __version__
 
 # Options that change the bytes written; with another value for one of them an interrupted run is not continued.
@@ -72,10 +75,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     if not plan.pruner.prunes:
         progress.stage("looking for zeros")
         refuse_unpruned(source, plan.decisions.values())
-    tokens = calibration_tokens(plan, progress) if plan.runs_model else None
-    mark = fingerprint(plan, tokens, device)
+    sampled = plan.runs_model and options.dataset == selfgen.SELF
+    if sampled:
+        selfgen.check_room(source, device)
+    tokens = calibration_tokens(plan, progress) if plan.runs_model and not sampled else None
     refuse_unfinished(output, options)
     with output_directory(output, options.overwrite, resume=options.resume, keep=True) as partial:
+        if sampled:
+            tokens = sampled_tokens(plan, device, partial, progress)
+        mark = fingerprint(plan, tokens, device)
         writer = CheckpointWriter(
             partial, stored_config(plan), plan.sparse_config(), parse_size(options.max_shard_size), mark, options.resume
         )
@@ -131,7 +139,7 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
     writing.facts.remove()
-    (writer.folder / ratios.OUTLIERS_NAME).unlink(missing_ok=True)
+    remove_notes(writer.folder)
     return about | facts
 
 
@@ -200,6 +208,11 @@ def dry_run(plan: Plan) -> dict[str, Any]:
             f"bytes after assume a sparsity of {plan.sparsity:g} where the zeros of the model decide; "
             "`sparse-rt inspect` on the source counts them"
         )
+    if plan.runs_model and plan.options.dataset == selfgen.SELF:
+        notes.append(
+            f"--dataset self first runs the dense model as a whole, in {size(selfgen.model_bytes(plan.source))} of "
+            "memory beside that of the process; what the parts below estimate comes after it"
+        )
     if plan.options.ratios == "owl":
         weights = sum(plan.source.tensors[key].numel for keys in plan.blocks for key in keys)
         notes.append(
@@ -243,10 +256,7 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
             f"{_who(plan)} calibrates on text, and {plan.source.folder} has no tokenizer that loads ({reason}); "
             "copy its tokenizer files there, or use --method magnitude without --reconstruct, --permute and --ratios"
         ) from error
-    length = window_length(plan)
-    if length < options.max_seq_len:
-        plan.notes.append(f"calibration sequences have {length} tokens: the model has no more positions")
-        progress.note(plan.notes[-1])
+    length = noted_length(plan, progress)
     tokens = token_windows(read_texts(options.dataset, tokenizer), tokenizer, length, options.num_samples, options.seed)
     vocabulary = plan.structure.model.get_input_embeddings().num_embeddings
     if int(tokens.max()) >= vocabulary:
@@ -255,6 +265,24 @@ def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
             "the tokenizer belongs to another model"
         )
     return tokens
+
+
+def sampled_tokens(plan: Plan, device: torch.device, partial: Path, progress: Progress) -> Tensor:
+    """int64 [samples, length] that the model itself writes; without a shard, nothing is left behind by a failure."""
+    try:
+        return selfgen.self_tokens(plan, noted_length(plan, progress), device, partial, progress)
+    except BaseException:
+        if not (partial / JOURNAL_NAME).is_file():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def noted_length(plan: Plan, progress: Progress) -> int:
+    length = window_length(plan)
+    if length < plan.options.max_seq_len:
+        plan.notes.append(f"calibration sequences have {length} tokens: the model has no more positions")
+        progress.note(plan.notes[-1])
+    return length
 
 
 def _who(plan: Plan) -> str:
@@ -303,6 +331,8 @@ def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
         used["permute"] = True
     if plan.runs_model:
         used |= {"dataset": options.dataset or "shipped calibration text", "seed": options.seed}
+        if options.dataset == selfgen.SELF:
+            used["self_temperature"] = selfgen.temperature(plan)
         samples, length = (options.num_samples, window_length(plan)) if tokens is None else tokens.shape
         used |= {"num_samples": int(samples), "max_seq_len": int(length)}
     return used
