@@ -64,6 +64,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     start = time.perf_counter()
     device = pick_device(options.device)
     output = check_output(options.output_dir, options.overwrite)
+    shard_bytes = parse_size(options.max_shard_size)
     progress.stage("reading headers")
     source = open_source(options.model, options.revision)
     refuse_same_folder(source.folder, output)
@@ -84,9 +85,8 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
         if sampled:
             tokens = sampled_tokens(plan, device, partial, progress)
         mark = fingerprint(plan, tokens, device)
-        writer = CheckpointWriter(
-            partial, stored_config(plan), plan.sparse_config(), parse_size(options.max_shard_size), mark, options.resume
-        )
+        described = stored_config(plan), plan.sparse_config()
+        writer = CheckpointWriter(partial, *described, shard_bytes, mark, options.resume)
         try:
             result = _write(plan, writer, tokens, device, progress)
         except UserError:
