@@ -57,7 +57,7 @@ class ADMM(Pruner):
         factor, state = problem.factor(RHO), problem.scale(weight)
         for iteration in range(1, ITERATIONS + 1):
             if iteration <= CHOOSING:
-                mask = gradual_mask(state.abs(), fmt, sparsity, iteration / CHOOSING)
+                mask = gradual_mask(state.square(), fmt, sparsity, iteration / CHOOSING)
             problem.admm_step(factor, RHO, state, mask)
         return problem.restore(state), mask
 

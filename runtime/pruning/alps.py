@@ -44,7 +44,9 @@ class ALPS(Pruner):
         problem = LeastSquares(weight, self.calibrated(stats), ridge=RIDGE)
 
         def select(scaled: Tensor) -> Tensor:
-            return fmt.mask_from_scores(scaled.abs(), sparsity, self.scope)
+            # Squares, because what ADMM asks for is the nearest weight that obeys the pattern. (To rank single weights
+            # absolute values would do, for masks chosen by sums, as transposable ones, they are another question.)
+            return fmt.mask_from_scores(scaled.square(), sparsity, self.scope)
 
         solution = choose(problem, select)
         mask = select(solution)

@@ -7,6 +7,7 @@ from calibrated_layers import correlated_inputs, gram_of, least_squares, output_
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
 from sparse_rt.pruning import alps, get_pruner
+from sparse_rt.pruning.transposable import TransposableFormat
 
 PATTERNS = ("2:4", "4:8", "1:4", "3:32", "unstructured")
 DEAD = 3
@@ -135,6 +136,16 @@ def test_alps_beats_what_it_is_compared_with(pattern, seed):
     assert error["alps"] < 0.9 * error["sparsegpt"] and error["sparsegpt"] < 0.98 * error["wanda"]
     assert error["wanda"] < error["magnitude"]
     assert error["alps"] < error["admm"] < error["sparsegpt"] and error["wanda+pcg"] < error["wanda"]
+
+
+def test_transposable_masks_are_chosen_better_too():
+    inputs, weight, fmt = correlated_inputs(), torch.randn(32, 64), TransposableFormat(get_format("4:8"))
+    stats, gram, error = stats_of(inputs), gram_of(inputs), {}
+    for name in ("wanda+pcg", "admm+pcg", "alps"):
+        new, mask = get_pruner(name).prune(weight, stats, fmt, None)
+        assert fmt.allows(mask)
+        error[name] = output_error(weight, torch.where(mask, new, 0), gram)
+    assert error["alps"] < error["admm+pcg"] < 0.9 * error["wanda+pcg"]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

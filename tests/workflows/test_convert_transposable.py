@@ -34,7 +34,9 @@ def run(setting, tmp_path):
     return converted
 
 
-@pytest.mark.parametrize("pattern, method", [("2:4", "sparsegpt"), ("4:8", "wanda"), ("16:32", "magnitude")])
+@pytest.mark.parametrize(
+    "pattern, method", [("2:4", "sparsegpt"), ("2:4", "alps"), ("4:8", "wanda+admm"), ("16:32", "magnitude")]
+)
 def test_the_transpose_of_every_weight_obeys_the_pattern(run, tmp_path, pattern, method):
     result = run("out", pattern=pattern, method=method)
     assert len(result["sparsity"]) == 14 and result["mean_sparsity"] == 0.5
