@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
+from sparse_rt.formats import wrapper as wrappers
+from sparse_rt.formats.wrapper import Wrapper, apply_blocks
 from sparse_rt.kernels import ops, packed
 
 PACK_VARIABLE = "SPARSE_RT_PACK"  # 0: stay on values and metadata (to compare)
@@ -47,11 +49,12 @@ def _shards_models() -> bool:
 
 
 class SparseLinear(nn.Linear):
-    """y = x W^T + b with W (out_features, in_features) compressed.
+    """y = x W^T + b with W (out_features, in_features) compressed, or the core S of W = A S B (``formats/wrapper.py``).
 
     Values and metadata are frozen parameters, not buffers: FSDP2 then shards both bit for bit and accelerate's
     RAM-efficient loading works. It subclasses ``nn.Linear`` so that ``target_modules="all-linear"`` finds it, and has
-    no ``weight``: code that needs the dense matrix calls ``decompress()``.
+    no ``weight``: code that needs the dense matrix calls ``decompress()``. A wrapper is two frozen parameters more;
+    ``values``, ``metadata``, ``mask()`` and ``sparsity`` are those of the core then.
 
     Shapes: x [..., in_features] -> [..., out_features].
     """
@@ -59,7 +62,14 @@ class SparseLinear(nn.Linear):
     _packed: Tensor | None = None
 
     def __init__(
-        self, in_features: int, out_features: int, pattern: str, values: Tensor, metadata: Tensor, bias: Tensor | None
+        self,
+        in_features: int,
+        out_features: int,
+        pattern: str,
+        values: Tensor,
+        metadata: Tensor,
+        bias: Tensor | None,
+        wrapper: Wrapper | None = None,
     ):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
@@ -67,14 +77,24 @@ class SparseLinear(nn.Linear):
         self.format.check_header("weight", values.shape, metadata.shape, out_features, in_features)
         self.weight_values = nn.Parameter(values, requires_grad=False)
         self.register_parameter(self.format.metadata_name, nn.Parameter(metadata, requires_grad=False))
+        if wrapper is not None:
+            dtypes, shapes = [tensor.dtype for tensor in wrapper], [tensor.shape for tensor in wrapper]
+            wrappers.check_header("weight", dtypes, shapes, out_features, in_features, values.dtype)
+            for name, tensor in zip(wrappers.NAMES, wrapper, strict=True):
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         if bias is None or isinstance(bias, nn.Parameter):
             self.register_parameter("bias", bias)
         else:
             self.bias = nn.Parameter(bias)
 
     @classmethod
-    def empty(cls, in_features, out_features, bias, pattern, num_values, dtype, device="meta") -> SparseLinear:
-        """A layer with uninitialised storage for ``num_values`` kept weights, to be filled by a loader."""
+    def empty(
+        cls, in_features, out_features, bias, pattern, num_values, dtype, device="meta", blocks=None
+    ) -> SparseLinear:
+        """A layer with uninitialised storage for ``num_values`` kept weights, to be filled by a loader.
+
+        ``blocks`` (rows, columns) are the block sizes of a wrapper, None: it has none.
+        """
         fmt = get_format(pattern)
         refusal = fmt.refuse_shape(out_features, in_features)
         if refusal:
@@ -82,7 +102,11 @@ class SparseLinear(nn.Linear):
         values = torch.empty(fmt.values_shape(out_features, in_features, num_values), dtype=dtype, device=device)
         metadata = torch.empty(fmt.metadata_shape(out_features, in_features), dtype=torch.uint8, device=device)
         bias = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        return cls(in_features, out_features, pattern, values, metadata, bias)
+        wrapper = None
+        if blocks is not None:
+            shapes = wrappers.shapes(out_features, in_features, *blocks)
+            wrapper = Wrapper(*(torch.empty(shape, dtype=dtype, device=device) for shape in shapes))
+        return cls(in_features, out_features, pattern, values, metadata, bias, wrapper)
 
     @classmethod
     def from_dense(cls, linear: nn.Linear, pattern: str, mask: Tensor | None = None) -> SparseLinear:
@@ -114,6 +138,13 @@ class SparseLinear(nn.Linear):
         return getattr(self, self.format.metadata_name)
 
     @property
+    def wrapper(self) -> Wrapper | None:
+        """The matrices around the core, None where the values are the weight itself."""
+        if wrappers.OUT_NAME not in self._parameters:
+            return None
+        return Wrapper(*(self._parameters[name] for name in wrappers.NAMES))
+
+    @property
     def is_packed(self) -> bool:
         """Whether the layer holds the derived layout instead of values and metadata."""
         return self._packed is not None
@@ -121,7 +152,8 @@ class SparseLinear(nn.Linear):
     @property
     def weight_nbytes(self) -> int:
         """Bytes that the weight takes in memory now."""
-        return self._packed.nbytes if self.is_packed else self.values.nbytes + self.metadata.nbytes
+        core = self._packed.nbytes if self.is_packed else self.values.nbytes + self.metadata.nbytes
+        return core + (self.wrapper.nbytes if self.wrapper is not None else 0)
 
     def pack_refusal(self) -> str | None:
         """None when ``pack()`` works here, otherwise why not."""
@@ -228,21 +260,30 @@ class SparseLinear(nn.Linear):
         return 1 - self.nnz / max(1, self.in_features * self.out_features)
 
     def forward(self, input: Tensor) -> Tensor:
+        wrapper = self.wrapper
+        if wrapper is None:
+            return self._product(input, self._parameters["bias"])
+        output = apply_blocks(wrapper.out, self._product(apply_blocks(wrapper.inner, input), None))
+        return output if self.bias is None else output + self.bias
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The product with values and metadata."""
         held = self._packed_for(input)
         if held is not None:
-            return packed.packed_linear(input, held, self._parameters["bias"], self.out_features, self.in_features)
+            return packed.packed_linear(input, held, bias, self.out_features, self.in_features)
         if self._packed is not None and torch.compiler.is_compiling():
             torch.compiler.disable(self.unpack)()  # tracing would see the placeholders
         shape = self.pattern, self.out_features, self.in_features
-        return ops.linear(input, self.weight_values, self.metadata, self.bias, *shape)
+        return ops.linear(input, self.weight_values, self.metadata, bias, *shape)
 
     def mask(self) -> Tensor:
         """bool [out_features, in_features], True = kept."""
         return self.format.unpack_mask(self.metadata, self.out_features, self.in_features)
 
     def decompress(self) -> Tensor:
-        """A new dense weight [out_features, in_features]."""
-        return ops.decompress(self.weight_values, self.metadata, self.pattern, self.out_features, self.in_features)
+        """A new dense weight [out_features, in_features]; with a wrapper A S B, which has no zeros."""
+        core = ops.decompress(self.weight_values, self.metadata, self.pattern, self.out_features, self.in_features)
+        return core if self.wrapper is None else self.wrapper.dense(core)
 
     def to_dense(self) -> nn.Linear:
         """An ordinary ``nn.Linear`` with the same weight and the same bias parameter."""
@@ -258,7 +299,7 @@ class SparseLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"pattern={self.pattern}, sparsity={self.sparsity:.3f}"
-        )
+        ) + ("" if self.wrapper is None else f", wrapper={wrappers.BLOCK_DIAGONAL}")
 
 
 def sparse_linears(model: nn.Module) -> Iterator[tuple[str, SparseLinear]]:

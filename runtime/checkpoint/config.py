@@ -18,6 +18,7 @@ from pydantic import (
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.formats.int8 import INT8, PLAIN, check_group_size
+from sparse_rt.formats.wrapper import BLOCK_DIAGONAL
 from sparse_rt.version import __version__
 
 QUANT_METHOD = "sparse_rt"
@@ -58,7 +59,8 @@ class SparseConfig(BaseModel):
     """Version 1. ``ignore`` names modules left dense, ``overrides`` gives single modules another pattern.
 
     ``values`` says how the kept values of all compressed weights are stored: "plain" as they are, "int8" as integers
-    with a scale for every ``group_size`` columns (None: for every row).
+    with a scale for every ``group_size`` columns (None: for every row). ``wrapper`` says that every compressed weight
+    is the core of a product with the matrices of a wrapper (``formats/wrapper.py``).
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -67,6 +69,7 @@ class SparseConfig(BaseModel):
     pattern: Pattern
     values: str = PLAIN
     group_size: int | None = None
+    wrapper: str | None = None
     ignore: list[str] = Field(default_factory=list)
     overrides: dict[str, Override] = Field(default_factory=dict)
     producer: Producer = Field(default_factory=Producer)
@@ -78,6 +81,18 @@ class SparseConfig(BaseModel):
         if group_size is not None and info.data.get("values") == PLAIN:
             raise UserError(f"it is {group_size}, and only values 'int8' have groups; remove it")
         return group_size
+
+    @field_validator("wrapper", mode="before")
+    @classmethod
+    def _wrapper(cls, wrapper: Any, info: ValidationInfo) -> str | None:
+        if wrapper not in (None, BLOCK_DIAGONAL):
+            raise UserError(
+                f"it is {wrapper!r}, this build reads {BLOCK_DIAGONAL!r}; install a newer sparse-rt or convert the "
+                "model again"
+            )
+        if wrapper is not None and info.data.get("values") == INT8:
+            raise UserError(f"it is {wrapper!r}, and only plain values have a wrapper; convert the model again")
+        return wrapper
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> SparseConfig:
@@ -111,14 +126,22 @@ class SparseConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """As config.json holds it.
 
-        Without a ``group_size`` that says nothing: builds of before int8 values refuse keys that they do not know, and
+        Without a ``group_size`` or ``wrapper`` that says nothing: older builds refuse keys that they do not know, and
         they shall read plain folders, and name ``values`` where that is all they do not understand.
         """
-        return self.model_dump(exclude={"group_size"} if self.group_size is None else None)
+        return self.model_dump(exclude={key for key in ("group_size", "wrapper") if getattr(self, key) is None})
 
     def plain(self) -> SparseConfig:
         """The same weights with their values stored as they are."""
         return self.model_copy(update={"values": PLAIN, "group_size": None})
+
+    def refuse_wrapper(self, what: str) -> None:
+        """``UserError`` where the weights are wrapped; ``what`` begins the sentence: "the exporter X cannot ..."."""
+        if self.wrapper is not None:
+            raise UserError(
+                f"{what} wrapped weights (wrapper {self.wrapper!r}, from --method armor): a product of three matrices "
+                "each; make a dense model of it with `sparse-rt export --to dense`, or convert with another --method"
+            )
 
     def pattern_for(self, name: str) -> str | None:
         """Pattern of the linear weight of module ``name`` (without ".weight"), None when it is left dense."""

@@ -16,6 +16,8 @@ from sparse_rt.checkpoint.config import FORMAT_VERSION, SparseConfig
 from sparse_rt.checkpoint.header import Header, TensorEntry, read_header
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import VALUE_DTYPES, VALUES_NAME, get_format, int8
+from sparse_rt.formats import wrapper as wrappers
+from sparse_rt.formats.wrapper import Wrapper
 
 INDEX_NAME = "sparse_rt.safetensors.index.json"
 MANIFEST_NAME = "sparse_rt.manifest.json"
@@ -27,7 +29,7 @@ class WeightEntry:
     """One compressed weight: its pattern, dense shape (m, n), number of kept values and value dtype.
 
     Where ``values`` is "int8", ``dtype`` is what they are widened to and ``group_size`` the columns of a scale (None:
-    a scale a row).
+    a scale a row). ``wrapper``: rows and columns of the blocks of its wrapper, None without one.
     """
 
     pattern: str
@@ -38,11 +40,12 @@ class WeightEntry:
     file: Path
     values: str = int8.PLAIN
     group_size: int | None = None
+    wrapper: tuple[int, int] | None = None
 
     @property
     def tensor_names(self) -> tuple[str, ...]:
-        """The stored tensors, without the name of the weight: values, metadata and, of int8 values, scales."""
-        return stored_names(self.pattern, self.values)
+        """The stored tensors without the name of the weight: values, metadata, and int8 values' scales or a wrapper."""
+        return stored_names(self.pattern, self.values, self.wrapper is not None)
 
     @property
     def sparsity(self) -> float:
@@ -53,9 +56,10 @@ class WeightEntry:
         return self.m * self.n * self.dtype.itemsize
 
 
-def stored_names(pattern: str, values: str) -> tuple[str, ...]:
+def stored_names(pattern: str, values: str, wrapped: bool = False) -> tuple[str, ...]:
     names = get_format(pattern).tensor_names
-    return (*names, int8.SCALES_NAME) if values == int8.INT8 else names
+    scales = (int8.SCALES_NAME,) if values == int8.INT8 else ()
+    return (*names, *scales, *(wrappers.NAMES if wrapped else ()))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -191,7 +195,12 @@ class Checkpoint(ModelFolder):
                 f"{file}: weight {name} has values {stored[0]!r} and group_size {stored[1]!r}, config.json says "
                 f"{config.values!r} and {config.group_size!r}; copy the folder again, or convert or export it again"
             )
-        for suffix in stored_names(pattern, config.values):
+        if described.get("wrapper") != config.wrapper:
+            raise FormatError(
+                f"{file}: weight {name} has wrapper {described.get('wrapper')!r}, config.json says {config.wrapper!r}; "
+                "copy the folder again or convert the model again"
+            )
+        for suffix in stored_names(pattern, config.values, config.wrapper is not None):
             if f"{name}.{suffix}" not in self.tensors:
                 raise FormatError(f"tensor {name}.{suffix} is missing ({file} announces a {pattern} weight {name})")
         values, metadata = (self.tensors[f"{name}.{suffix}"] for suffix in fmt.tensor_names)
@@ -210,7 +219,13 @@ class Checkpoint(ModelFolder):
         nnz = 1
         for size in values.shape:
             nnz *= size
-        return WeightEntry(pattern, m, n, nnz, dtype, values.file, config.values, config.group_size)
+        wrapper = None if config.wrapper is None else self._blocks(name, m, n, dtype)
+        return WeightEntry(pattern, m, n, nnz, dtype, values.file, config.values, config.group_size, wrapper)
+
+    def _blocks(self, name: str, m: int, n: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Block sizes of the wrapper of weight ``name``; ``FormatError`` where a header is wrong."""
+        found = [self.tensors[f"{name}.{suffix}"] for suffix in wrappers.NAMES]
+        return wrappers.check_header(name, [e.dtype for e in found], [e.shape for e in found], m, n, dtype)
 
     def _widened(self, file: str, name: str, described: dict[str, Any], shape: tuple[int, int]) -> torch.dtype:
         """The dtype that the int8 values of weight ``name`` are widened to; ``FormatError`` where a header is wrong."""
@@ -228,7 +243,7 @@ class Checkpoint(ModelFolder):
         known = self.compressed_tensors()
         for tensor in self.tensors:
             prefix, _, suffix = tensor.rpartition(".")
-            if tensor not in known and suffix in (VALUES_NAME, "weight_meta", "weight_bitmask"):
+            if tensor not in known and suffix in (VALUES_NAME, "weight_meta", "weight_bitmask", *wrappers.NAMES):
                 raise FormatError(f"extra tensor {tensor}: no shard header announces a compressed weight {prefix}")
             # Elsewhere the name of scales may be one of the model's own.
             quantized = self.quantization.values == int8.INT8
@@ -242,7 +257,7 @@ class Checkpoint(ModelFolder):
             )
 
     def compressed_tensors(self) -> set[str]:
-        """Names of the values, metadata and scales of all compressed weights."""
+        """Names of the values, metadata, scales and wrappers of all compressed weights."""
         return {f"{name}.{part}" for name, weight in self.weights.items() for part in weight.tensor_names}
 
     def stored_bytes(self, name: str) -> int:
@@ -252,9 +267,12 @@ class Checkpoint(ModelFolder):
     def load_weight(self, name: str, check: bool = True) -> tuple[Tensor, Tensor]:
         """(values, metadata) of one compressed weight; ``check`` tests popcount, nibbles, padding and finiteness.
 
-        int8 values are widened to the dtype of the entry.
+        int8 values are widened to the dtype of the entry. ``UserError`` for a wrapped weight, of which these two are
+        the core only: ``load_core`` and ``load_dense`` read it.
         """
         entry = self._weight(name)
+        if entry.wrapper is not None:
+            self.quantization.refuse_wrapper(f"{name} cannot be read as values and metadata: {self.folder} has")
         fmt, shape = get_format(entry.pattern), (entry.m, entry.n)
         if entry.values == int8.INT8:
             q, scales, metadata = self.load_quantized(name, check=False)
@@ -264,6 +282,25 @@ class Checkpoint(ModelFolder):
         if check:
             fmt.check_data(name, values, metadata, *shape)
         return values, metadata
+
+    def load_core(self, name: str, check: bool = True) -> tuple[Tensor, Tensor, Wrapper | None]:
+        """(values, metadata, wrapper) of any compressed weight, checked as ``load_weight`` does; None: no wrapper."""
+        entry = self._weight(name)
+        if entry.wrapper is None:
+            return *self.load_weight(name, check), None
+        values, metadata, *matrices = (self.load(f"{name}.{suffix}") for suffix in entry.tensor_names)
+        wrapper = Wrapper(*matrices)
+        if check:
+            get_format(entry.pattern).check_data(name, values, metadata, entry.m, entry.n)
+            wrappers.check_data(name, wrapper)
+        return values, metadata, wrapper
+
+    def load_dense(self, name: str) -> Tensor:
+        """The weight [m, n] that compressed weight ``name`` stands for, checked: with a wrapper, A S B."""
+        entry = self._weight(name)
+        values, metadata, wrapper = self.load_core(name)
+        dense = get_format(entry.pattern).decompress(values, metadata, entry.m, entry.n)
+        return dense if wrapper is None else wrapper.dense(dense)
 
     def load_quantized(self, name: str, check: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """(q int8, scales float32 [m, g], metadata) of one weight with int8 values, checked as ``load_weight`` does."""

@@ -23,7 +23,9 @@ from sparse_rt.checkpoint.output import fsync
 from sparse_rt.checkpoint.reader import INDEX_NAME, MANIFEST_NAME
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
+from sparse_rt.formats import wrapper as wrappers
 from sparse_rt.formats.int8 import INT8, SCALES_NAME
+from sparse_rt.formats.wrapper import Wrapper
 
 JOURNAL_NAME = "progress.json"
 
@@ -120,10 +122,12 @@ class CheckpointWriter:
         metadata: Tensor,
         scales: Tensor | None = None,
         dtype: torch.dtype | None = None,
+        wrapper: Wrapper | None = None,
     ) -> None:
         """Store a compressed weight; its tensors share a shard.
 
-        ``scales`` [m, g] and the ``dtype`` to widen to belong to int8 values, which ``sparse`` must announce.
+        ``scales`` [m, g] and the ``dtype`` to widen to belong to int8 values, which ``sparse`` must announce, as it
+        must a ``wrapper``.
         """
         quantized = self.sparse is not None and self.sparse.values == INT8
         if quantized != (scales is not None and dtype is not None):
@@ -136,6 +140,12 @@ class CheckpointWriter:
             tensors[SCALES_NAME] = scales
             dtype_name = str(dtype).removeprefix("torch.")
             described |= {"values": INT8, "group_size": self.sparse.group_size, "dtype": dtype_name}
+        announced = None if self.sparse is None else self.sparse.wrapper
+        if (announced is None) != (wrapper is None):
+            raise UserError(f"weight {name}: the wrapper of the config and that of a weight come together, or neither")
+        if wrapper is not None:
+            tensors |= dict(zip(wrappers.NAMES, wrapper, strict=True))
+            described["wrapper"] = announced
         self._make_room(sum(tensor.nbytes for tensor in tensors.values()))
         for suffix, tensor in tensors.items():
             self._take(f"{name}.{suffix}", tensor)

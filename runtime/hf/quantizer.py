@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparse_rt.checkpoint import INDEX_NAME, QUANT_METHOD, Checkpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.errors import FormatError
+from sparse_rt.formats import wrapper as wrappers
 from sparse_rt.formats.int8 import INT8
 from sparse_rt.hf.widen import Widening
 from sparse_rt.nn import SparseLinear, sparse_linears
@@ -81,6 +82,10 @@ class SparseRTQuantizer(HfQuantizer):
         for name, module in sparse_linears(model):
             module.weight_values.requires_grad_(False)
             module.metadata.requires_grad_(False)
+            for matrix in module.wrapper or ():
+                matrix.requires_grad_(False)
+            if module.wrapper is not None and not any(matrix.is_meta for matrix in module.wrapper):
+                wrappers.check_data(name, module.wrapper)
             if not module.weight_values.is_meta and not module.metadata.is_meta:
                 module.format.check_data(name, module.values, module.metadata, module.out_features, module.in_features)
         return model
@@ -93,10 +98,11 @@ class SparseRTQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
-        weights = {
-            name: {"pattern": module.pattern, "shape": [module.out_features, module.in_features]}
-            for name, module in sparse_linears(model)
-        }
+        weights = {}
+        for name, module in sparse_linears(model):
+            weights[name] = {"pattern": module.pattern, "shape": [module.out_features, module.in_features]}
+            if module.wrapper is not None:
+                weights[name]["wrapper"] = wrappers.BLOCK_DIAGONAL
         return None, {METADATA_KEY: sparse_header(weights)[METADATA_KEY]}
 
     def is_serializable(self) -> bool:
@@ -135,7 +141,8 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
                 f"weight {key} is ({entry.m}, {entry.n}), the model has {linear} there; config and weights do not fit"
             )
         dtype = linear.weight.dtype
-        empty = SparseLinear.empty(entry.n, entry.m, linear.bias is not None, entry.pattern, entry.nnz, dtype)
+        layer = entry.n, entry.m, linear.bias is not None, entry.pattern, entry.nnz, dtype
+        empty = SparseLinear.empty(*layer, blocks=entry.wrapper)
         if linear.bias is not None:
             empty.bias = linear.bias
         model.set_submodule(name, empty)
