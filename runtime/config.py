@@ -62,7 +62,7 @@ class ConvertOptions(Options):
     sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
     method: str = Field(
         "magnitude",
-        description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm or alps; repaired with +dsnot, "
+        description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm, alps or armor; repaired with +dsnot, "
         "+admm or +pcg",
     )
     transposable: bool = Field(
@@ -76,6 +76,9 @@ class ConvertOptions(Options):
     )
     owl_threshold: float | None = Field(
         None, gt=0, description="owl: a score this many times the mean of its block is an outlier; default 5, for N:M 6"
+    )
+    wrapper_block: int | None = Field(
+        None, ge=1, description="armor: largest block of the wrapper; default: a 32nd of a weight's smaller side"
     )
     dataset: str | None = Field(
         None, description="calibration text: .txt, .jsonl, folder, hub data set, or self: what the model itself writes"

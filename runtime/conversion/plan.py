@@ -20,6 +20,7 @@ from sparse_rt.conversion.structure import Structure
 from sparse_rt.errors import UserError
 from sparse_rt.formats import VALUE_DTYPES, Format, get_format
 from sparse_rt.formats.base import num_kept
+from sparse_rt.formats.wrapper import BLOCK_DIAGONAL
 from sparse_rt.pruning import Pruner, find_blocks, get_pruner, ratios
 from sparse_rt.pruning.transposable import TransposableFormat
 
@@ -49,6 +50,7 @@ class Decision:
     sparsity: float | None = None  # that an unstructured weight is pruned to, None where pattern or data decide
     overridden: bool = False  # the pattern was chosen for this weight, not for the model
     detected: Detected | None = None  # what its zeros said
+    blocks: tuple[int, int] | None = None  # block sizes of its wrapper, None without one
 
     @property
     def dense_bytes(self) -> int:
@@ -60,7 +62,8 @@ class Decision:
             return self.dense_bytes
         fmt, (m, n) = get_format("unstructured" if self.pattern == AUTO else self.pattern), self.shape
         nnz = num_kept(m * n, assumed_sparsity) if self.nnz is None else self.nnz
-        return nnz * self.dtype.itemsize + torch.Size(fmt.metadata_shape(m, n)).numel()
+        wrapper = 0 if self.blocks is None else m * self.blocks[0] + n * self.blocks[1]
+        return (nnz + wrapper) * self.dtype.itemsize + torch.Size(fmt.metadata_shape(m, n)).numel()
 
 
 @dataclass
@@ -100,7 +103,8 @@ class Plan:
         others = {d.name: d.pattern for d in compressed if not (d.overridden and given)}
         others = {name: pattern for name, pattern in others.items() if pattern not in (AUTO, own)}
         overrides = {name: Override(pattern=pattern) for name, pattern in given.items()} | compact_overrides(others)
-        return SparseConfig(pattern=own, ignore=ignore, overrides=overrides)
+        wrapper = BLOCK_DIAGONAL if self.pruner.wraps else None
+        return SparseConfig(pattern=own, wrapper=wrapper, ignore=ignore, overrides=overrides)
 
     def format_of(self, decision: Decision) -> Format:
         """The format that chooses the mask of ``decision``."""
@@ -216,7 +220,7 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     Raises ``UserError`` for an unknown pattern, method or dtype, a sparsity that contradicts the pattern, an override
     that names no linear module, or when nothing would be compressed.
     """
-    pruner = get_pruner(options.method)
+    pruner = _pruner(options)
     notes = _check_options(options, pruner)
     blocks_name, count = None, 0
     if runs_model(options, pruner):
@@ -262,6 +266,25 @@ def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner:
             f"together from several, as in mixtures of experts); {instead}"
         )
     return key
+
+
+def _pruner(options: ConvertOptions) -> Pruner:
+    """That of ``--method``; ``UserError`` where it cannot do what the other options ask for."""
+    pruner = get_pruner(options.method)
+    for pattern in (options.pattern, *options.overrides.values()):
+        refusal = None if pattern == AUTO else pruner.refuse_pattern(get_format(pattern))
+        if refusal:
+            raise UserError(f"--method {options.method} cannot prune to {pattern}: {refusal}")
+    if pruner.wraps and options.experts:
+        raise UserError(
+            f"--experts compresses mixtures for vLLM, which does not serve the wrapped weights of --method "
+            f"{options.method}; leave --experts out or choose another method"
+        )
+    if options.wrapper_block is not None:
+        if not pruner.wraps:
+            raise UserError(f"--wrapper-block is for --method armor, not for {options.method}; leave it out")
+        pruner.block = options.wrapper_block
+    return pruner
 
 
 def _check_options(options: ConvertOptions, pruner: Pruner) -> list[str]:
@@ -394,6 +417,7 @@ def _decide(
         decision.reason = fmt.refuse_shape(*tensor.shape)
         if decision.reason is None:
             decision.pattern = fmt.pattern
+            decision.blocks = pruner.blocks(*tensor.shape, fmt)
             decision.sparsity = options.sparsity if pruner.prunes and fmt.default_sparsity is None else None
             known = pruner.prunes or fmt.default_sparsity is not None
             decision.nnz = known_count(fmt, pruner, tensor.shape, decision.sparsity) if known else tensor.nnz

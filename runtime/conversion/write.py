@@ -18,8 +18,9 @@ from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
+from sparse_rt.formats.wrapper import NAMES, Wrapper
 from sparse_rt.progress import Progress
-from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Schedule, reconstruct
+from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Pruned, Schedule, reconstruct
 from sparse_rt.pruning.transposable import TransposableFormat
 
 FACTS_NAME = ".facts.jsonl"  # hidden: the manifest does not list it, it goes when everything else is in place
@@ -113,7 +114,7 @@ class Writing:
     def compress(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Compressed | None:
         """Prune ``weight``, in the stored dtype; None when it stays dense."""
         plan, fmt = self.plan, get_format(decision.pattern)
-        new, mask = self._prune(decision, weight, stats)
+        new, mask, wrapper = self._prune(decision, weight, stats)
         nnz = int(mask.sum())
         if plan.options.method == "none" and fmt.default_sparsity is None and nnz > MAX_DENSITY * mask.numel():
             decision.pattern = None
@@ -122,7 +123,9 @@ class Writing:
             self.facts.add(decision.name, reason=decision.reason)
             return None
         stored = cast(decision.key, new, decision.dtype)
-        compressed = Compressed(decision.pattern, *fmt.compress(stored, mask))
+        if wrapper is not None:
+            wrapper = Wrapper(*(cast(decision.key, matrix, decision.dtype) for matrix in wrapper))
+        compressed = Compressed(decision.pattern, *fmt.compress(stored, mask), wrapper)
         fact = {"sparsity": round(1 - nnz / mask.numel(), 6)}
         if decision.detected:
             fact["detected"] = asdict(decision.detected)
@@ -132,24 +135,24 @@ class Writing:
         self.facts.add(decision.name, **fact)
         return compressed
 
-    def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> tuple[Tensor, Tensor]:
+    def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Pruned:
         plan, fmt = self.plan, self.plan.format_of(decision)
         try:
             if plan.options.method == "none":
                 mask = self._stored_mask(decision, fmt)
                 if mask is not None:
-                    return weight, mask
-            new, mask = plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity)
+                    return Pruned(weight, mask)
+            pruned = Pruned(*plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity))
         except FormatError as error:
             raise FormatError(
                 f"{decision.key} does not obey the pattern {fmt.pattern}: {error} (--method magnitude does), give it "
                 f"another pattern (--overrides {decision.name}=unstructured) or leave it dense (--ignore)"
             ) from error
-        if isinstance(fmt, TransposableFormat) and not fmt.allows(mask):
+        if isinstance(fmt, TransposableFormat) and not fmt.allows(pruned.mask):
             raise SparseRTError(
                 f"{plan.options.method} left a mask for {decision.key} that is not transposable; use another --method"
             )
-        return new, mask
+        return pruned
 
     def _stored_mask(self, decision: Decision, fmt) -> Tensor | None:
         """The mask that the source stores, when it is legal as it is: explicit zeros then stay kept."""
@@ -160,7 +163,8 @@ class Writing:
         return mask if torch.equal(legal, mask) else None
 
     def store(self, decision: Decision, weight: Compressed) -> None:
-        self.writer.add_weight(decision.name, decision.pattern, *decision.shape, weight.values, weight.metadata)
+        stored = weight.values, weight.metadata
+        self.writer.add_weight(decision.name, decision.pattern, *decision.shape, *stored, wrapper=weight.wrapper)
 
     def _copy(self, key: str, tensor: Tensor) -> None:
         if key.endswith((".weight", ".bias")):
@@ -259,7 +263,7 @@ def _prune_open_block(
         else:
             seen.check_finite(decision.name)
         weight = writing.compress(decision, writing.read(decision), seen)
-        compressed[decision.name] = weight.cpu()
+        compressed[decision.name] = weight.to("cpu")
         runner.set_weight(index, inner, weight.dense(*decision.shape))
     if plan.options.reconstruct and compressed:
         compressed = _reconstruct(writing, runner, index, decisions, compressed)
@@ -303,7 +307,8 @@ def _inner(plan: Plan, runner: BlockRunner, index: int, decision: Decision) -> s
 
 def read_back(writer: CheckpointWriter, decision: Decision) -> Tensor:
     """The pruned dense weight of a finished shard."""
-    fmt = get_format(decision.pattern)
+    names = get_format(decision.pattern).tensor_names
     with safe_open(writer.part_file(decision.name), framework="pt") as file:
-        tensors = [file.get_tensor(f"{decision.name}.{suffix}") for suffix in fmt.tensor_names]
-    return Compressed(decision.pattern, *tensors).dense(*decision.shape)
+        tensors = [file.get_tensor(f"{decision.name}.{suffix}") for suffix in names]
+        matrices = [file.get_tensor(f"{decision.name}.{suffix}") for suffix in NAMES if decision.blocks]
+    return Compressed(decision.pattern, *tensors, Wrapper(*matrices) if matrices else None).dense(*decision.shape)

@@ -1,6 +1,7 @@
 """Choosing which weights stay, and calibrating that choice on a model's own activations, one block at a time."""
 
 from sparse_rt.pruning.base import (
+    Pruned,
     Pruner,
     Repair,
     get_pruner,
@@ -17,6 +18,7 @@ __all__ = [
     "ActivationStats",
     "BlockRunner",
     "Compressed",
+    "Pruned",
     "Pruner",
     "Repair",
     "Schedule",

@@ -7,12 +7,14 @@ Every pruner keeps exactly the requested number of weights; of equal scores the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sparse_rt.errors import UserError
 from sparse_rt.formats import Format
+from sparse_rt.formats.wrapper import Wrapper
 from sparse_rt.pruning.statistics import ActivationStats
 from sparse_rt.registry import Registry
 
@@ -29,6 +31,7 @@ _PRUNERS: Registry[type[Pruner]] = Registry(
         "sparse_rt.pruning.sparsegpt",
         "sparse_rt.pruning.admm",
         "sparse_rt.pruning.alps",
+        "sparse_rt.pruning.armor",
     ),
 )
 _REPAIRS: Registry[type[Repair]] = Registry(
@@ -57,6 +60,11 @@ def get_pruner(method: str) -> Pruner:
             f"method {method!r} repairs what {first} leaves, and {first} removes no weight; start with a pruner, for "
             f"example magnitude+{repairs[0]}"
         )
+    if pruner.wraps:
+        raise UserError(
+            f"method {method!r} repairs what {first} leaves, and {first} leaves a product of three matrices, which no "
+            f"repair knows; use {first} alone"
+        )
     return Composed(pruner, [_REPAIRS.get(name)() for name in repairs])
 
 
@@ -66,6 +74,14 @@ def known_pruners() -> list[str]:
 
 def known_repairs() -> list[str]:
     return _REPAIRS.names()
+
+
+class Pruned(NamedTuple):
+    """What a pruner that ``wraps`` returns: the core [m, n], its mask, and the wrapper, all float32 but the mask."""
+
+    weight: Tensor
+    mask: Tensor
+    wrapper: Wrapper | None = None
 
 
 class Pruner(ABC):
@@ -83,16 +99,26 @@ class Pruner(ABC):
     needs_moments = False
     keeps_columns = True
     scope = "matrix"
+    wraps = False  # whether it leaves the core of a product with a wrapper (formats/wrapper.py)
 
     @abstractmethod
     def prune(
         self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor] | Pruned:
         """(weight [m, n], inputs seen by it) -> (weight [m, n], bool mask [m, n], True = kept).
 
         The returned weight is the given one, untouched, when the method only chooses a mask; float32 when it moves
         the kept weights. What it holds outside the mask has no meaning. ``sparsity`` is ignored by N:M patterns.
+        A pruner that ``wraps`` returns ``Pruned``, with a wrapper.
         """
+
+    def refuse_pattern(self, fmt: Format) -> str | None:
+        """Why it cannot prune to this pattern, or None."""
+        return None
+
+    def blocks(self, m: int, n: int, fmt: Format) -> tuple[int, int] | None:
+        """(rows, columns) of the blocks of the wrapper that it gives a weight (m, n), None without one."""
+        return None
 
     def workspace(self, m: int, n: int) -> int:
         """Bytes that ``prune`` takes at its worst moment for a weight (m, n), besides that weight and the statistics.

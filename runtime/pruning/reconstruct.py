@@ -17,7 +17,6 @@ only), so a block takes 16 bytes a kept weight with AdamW's state, and the activ
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rt.formats import get_format
+from sparse_rt.formats.wrapper import Wrapper
 from sparse_rt.nn import SparseLinear
 from sparse_rt.pruning.calibrate import BlockRunner
 
@@ -40,18 +40,22 @@ WARMUP = 0.1
 
 @dataclass(frozen=True)
 class Compressed:
-    """A pruned weight as it is stored."""
+    """A pruned weight as it is stored; with a ``wrapper``, values and metadata are those of its core."""
 
     pattern: str
     values: Tensor
     metadata: Tensor
+    wrapper: Wrapper | None = None
 
-    def cpu(self) -> Compressed:
-        return dataclasses.replace(self, values=self.values.cpu(), metadata=self.metadata.cpu())
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Compressed:
+        """On ``device``, values and wrapper in ``dtype`` (None: as they are)."""
+        wrapper = self.wrapper and self.wrapper.to(device, dtype)
+        return Compressed(self.pattern, self.values.to(device, dtype), self.metadata.to(device), wrapper)
 
     def dense(self, m: int, n: int) -> Tensor:
         """What a linear layer (m, n) multiplies with: [m, n] in the dtype of the values."""
-        return get_format(self.pattern).decompress(self.values, self.metadata, m, n)
+        core = get_format(self.pattern).decompress(self.values, self.metadata, m, n)
+        return core if self.wrapper is None else self.wrapper.dense(core)
 
 
 @dataclass(frozen=True)
@@ -118,8 +122,9 @@ def _twin(block: nn.Module, weights: dict[str, Compressed], device: torch.device
     try:
         for name, weight in weights.items():
             m, n = dense[name].weight.shape
-            values, metadata = weight.values.to(device, torch.float32), weight.metadata.to(device)
-            _put(block, name, SparseLinear(n, m, weight.pattern, values, metadata, dense[name].bias))
+            weight = weight.to(device, torch.float32)
+            stored = weight.pattern, weight.values, weight.metadata, dense[name].bias, weight.wrapper
+            _put(block, name, SparseLinear(n, m, *stored))
         configs = {id(part.config): part.config for part in block.modules() if hasattr(part, "config")}
         twin = copy.deepcopy(block, configs).float().requires_grad_(False)
     finally:

@@ -47,7 +47,7 @@ from sparse_rt.version import __version__
 # Options that change the bytes written; with another value for one of them an interrupted run is not continued.
 RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "overrides", "dtype", "max_shard_size")
 RELEVANT += ("reconstruct", "reconstruct_learning_rate", "ratios", "owl_lambda", "owl_threshold", "permute")
-RELEVANT += ("transposable",)
+RELEVANT += ("transposable", "wrapper_block")
 
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
@@ -321,6 +321,8 @@ def used_options(plan: Plan, tokens: Tensor | None) -> dict[str, Any]:
     used = {name: getattr(options, name) for name in names}
     if options.transposable:
         used["transposable"] = True
+    if options.wrapper_block is not None:
+        used["wrapper_block"] = options.wrapper_block
     if options.reconstruct:
         names = ("reconstruct", "reconstruct_learning_rate")
         used |= {name: getattr(options, name) for name in names}
