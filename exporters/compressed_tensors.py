@@ -45,6 +45,7 @@ class CompressedTensorsExporter(Exporter):
         """``CompressedTensorsOptions``; one tensor in memory at a time, a shard at most until it is written."""
         chosen = CompressedTensorsOptions.build(**options)
         checkpoint = Checkpoint.open(source)
+        checkpoint.quantization.refuse_wrapper("compressed-tensors has no place for")
         encode = sparse_bitmask
         if chosen.layout == TWO_FOUR:
             _refuse_other_patterns(checkpoint)

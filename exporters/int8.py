@@ -56,6 +56,7 @@ class Int8Exporter(Exporter):
         """``Int8Options``; one tensor in memory at a time, a shard at most until it is written."""
         chosen = Int8Options.build(**options)
         checkpoint = Checkpoint.open(source)
+        checkpoint.quantization.refuse_wrapper("int8 values cannot stand for")
         if checkpoint.quantization.values != PLAIN:
             raise UserError(
                 f"{source} has {checkpoint.quantization.values} values already, and quantizing twice only loses more; "

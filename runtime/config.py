@@ -62,8 +62,8 @@ class ConvertOptions(Options):
     sparsity: float = Field(0.5, description="fraction of zeros for unstructured")
     method: str = Field(
         "magnitude",
-        description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm, alps or armor; repaired with +dsnot, "
-        "+admm or +pcg",
+        description="none (already pruned), magnitude, wanda, ria, sparsegpt, admm, alps or armor; repaired with "
+        "+dsnot, +admm or +pcg",
     )
     transposable: bool = Field(
         False, description="N:M: as many kept in every column of M x M blocks as in every row, so that W^T is N:M too"

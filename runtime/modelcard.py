@@ -36,17 +36,25 @@ their own, so that nothing loads a model with random weights by mistake.
 
 ## Serve
 
-```
-vllm serve {name}
-```
-
-needs `pip install "sparse-rt[vllm]"`; vLLM then finds the format by itself. `sparse-rt export --to dense` writes an
-ordinary dense model for any other engine, `sparse-rt verify` checks every file and tensor against the manifest.
+{serve}
 
 ## Left dense
 
 {skipped}
 """
+
+
+_SERVE = """```
+vllm serve {name}
+```
+
+needs `pip install "sparse-rt[vllm]"`; vLLM then finds the format by itself. `sparse-rt export --to dense` writes an
+ordinary dense model for any other engine, `sparse-rt verify` checks every file and tensor against the manifest."""
+
+_SERVE_WRAPPED = """Every compressed weight is the core of a product with two block-diagonal matrices; transformers
+runs it as it is. For vLLM and other engines `sparse-rt export --to dense` multiplies the three: an ordinary model,
+without zeros and as large as the one that this was made from. `sparse-rt verify` checks every file and tensor against
+the manifest."""
 
 
 def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str:
@@ -64,9 +72,9 @@ def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str
     inherited.setdefault("pipeline_tag", "text-generation")
     data = ModelCardData(base_model=base, tags=tags, library_name="transformers", **inherited)
     name = f"{Path(origin).name}-{config.pattern.replace(':', '-')}"
-    body = _BODY.format(
-        title=name, name=f"path/to/{name}", facts=_facts(facts, config), skipped=_skipped(facts["skipped"])
-    )
+    serve = (_SERVE if config.wrapper is None else _SERVE_WRAPPED).format(name=f"path/to/{name}")
+    skipped = _skipped(facts["skipped"])
+    body = _BODY.format(title=name, name=f"path/to/{name}", facts=_facts(facts, config), serve=serve, skipped=skipped)
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 
@@ -89,6 +97,7 @@ def _facts(facts: dict[str, Any], config: SparseConfig) -> str:
         **{f"pattern of `{name}`": override.pattern for name, override in config.overrides.items()},
         "method": "none (the source was pruned already)" if options["method"] == "none" else options["method"],
         **({"masks": "transposable: N of M in columns too"} if options.get("transposable") else {}),
+        **({} if config.wrapper is None else {"wrapper": config.wrapper}),
         "sparsity of the compressed weights": f"{facts['mean_sparsity']:.4f}",
         "linear weights compressed": f"{facts['coverage_percent']:.2f}% of their bytes",
         "size": f"{facts['compressed_bytes']:,} bytes, {facts['ratio']:.3f} of the dense {facts['dense_bytes']:,}",

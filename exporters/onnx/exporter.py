@@ -78,6 +78,7 @@ class OnnxExporter(Exporter):
         if chosen.base == "genai":
             require("onnxruntime_genai", extra="genai")
         checkpoint = Checkpoint.open(source)
+        checkpoint.quantization.refuse_wrapper("the ONNX export has no operator for")
         choose_body(checkpoint, chosen)  # refuses what no body can carry, before any work
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler

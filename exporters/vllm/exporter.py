@@ -44,6 +44,7 @@ class VLLMExporter(Exporter):
         if options:
             raise UserError(f"the vllm exporter has no options; got {', '.join(sorted(options))}")
         checkpoint = Checkpoint.open(source)
+        checkpoint.quantization.refuse_wrapper("vLLM cannot serve")
         files = [path for path in sorted(Path(source).iterdir()) if path.is_file()]
         linked = sum(_place(path, Path(output) / path.name) for path in files)
         pattern = checkpoint.quantization.pattern

@@ -165,11 +165,16 @@ class DenseFolder(ServedFolder):
 
 
 def open_description(config: dict[str, Any]) -> ServedFolder:
-    """The kind of folder whose config.json holds this quantization_config; ``FormatError`` for an unknown key."""
+    """The kind of folder whose config.json holds this quantization_config; ``FormatError`` for an unknown key.
+
+    ``UserError`` for wrapped weights.
+    """
     if not config:
         return DenseFolder()
     if config.get("quant_method") == QUANT_METHOD:
-        return SparseFolder(SparseConfig.from_dict(config))
+        sparse = SparseConfig.from_dict(config)
+        sparse.refuse_wrapper("sparse_rt: vLLM cannot serve")
+        return SparseFolder(sparse)
     return CompressedTensorsFolder(config)
 
 

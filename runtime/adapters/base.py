@@ -303,6 +303,11 @@ class SparseAdapterModel(ReplaceWithoutWeight, BaseTuner):
                 f"{config.name} adapts compressed layers, {name} is a {type(layer).__name__}; leave target_modules "
                 "out to adapt all compressed layers, or convert the model so that this layer is compressed"
             )
+        if layer.wrapper is not None:
+            raise UserError(
+                f"{config.name} adapts kept values, and {name} is a product of three matrices (--method armor); "
+                "convert the model with another --method, or adapt a dense model of it (`sparse-rt export --to dense`)"
+            )
         kind = self.layer_class(config, name)
         reason = kind.refuse(config, layer.out_features, layer.in_features)
         reason = reason or kind.refuse_pattern(config, layer.pattern)

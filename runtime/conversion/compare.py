@@ -46,10 +46,12 @@ class SparseSide:
         return set(self.checkpoint.dense_tensors())
 
     def weight(self, name: str) -> tuple[Tensor, Tensor | None]:
-        """(dense weight, mask); the mask is None for a weight stored dense."""
+        """(dense weight, mask); no mask for a weight stored dense, nor for a product with a wrapper: no zeros."""
         entry = self.checkpoint.weights.get(name)
         if entry is None:
             return self.tensor(f"{name}.weight"), None
+        if entry.wrapper is not None:
+            return self.checkpoint.load_dense(name), None
         fmt = get_format(entry.pattern)
         values, metadata = self.checkpoint.load_weight(name)
         mask = fmt.unpack_mask(metadata, entry.m, entry.n)

@@ -365,8 +365,8 @@ def _check_transposable(options: ConvertOptions, fmt: Format, pruner: Pruner) ->
         )
     if not pruner.keeps_columns:
         raise UserError(
-            f"--method {pruner.name} moves single positions within their row, which changes how many a column keeps; "
-            "use --transposable without that repair"
+            f"--method {pruner.name} chooses single positions within their row, whatever a column keeps; use "
+            "--transposable with another method or without that repair"
         )
 
 

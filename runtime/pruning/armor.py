@@ -50,6 +50,7 @@ class Armor(Pruner):
     keeps_columns = False
     wraps = True
     block: int | None = None
+    rounds = ROUNDS
 
     def refuse_pattern(self, fmt: Format) -> str | None:
         if fmt.group is not None and math.comb(fmt.group, _kept(fmt)) <= MOST_CHOICES:
@@ -70,7 +71,7 @@ class Armor(Pruner):
         columns = _norms(weight.float(), 0)
         rows = _norms(weight.float() / columns, 1)
         normalised = weight.float() / columns / rows[:, None]
-        found = factorize(normalised, importance, fmt, *self.blocks(m, n, fmt))
+        found = factorize(normalised, importance, fmt, *self.blocks(m, n, fmt), self.rounds)
         out = found.out * rows.view(*found.out.shape[:2], 1)
         inner = found.inner * columns.view(found.inner.shape[0], 1, -1)
         if not all(bool(torch.isfinite(tensor).all()) for tensor in (found.core, out, inner)):

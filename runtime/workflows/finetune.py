@@ -38,6 +38,7 @@ def finetune(options: FinetuneOptions, progress: Progress | None = None) -> dict
     if options.previous is not None and Path(options.previous).resolve() == output.resolve():
         raise UserError(f"the output folder {output} holds the earlier adapter; choose another output folder")
     checkpoint = Checkpoint.open(folder)
+    checkpoint.quantization.refuse_wrapper("no adapter can be trained on")
     for package in ("peft", "accelerate", "datasets"):
         require(package, extra="train")
     from sparse_rt.training.checkpoints import refuse_unfinished, working_folder

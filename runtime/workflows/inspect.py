@@ -49,6 +49,7 @@ def inspect_sparse(checkpoint: Checkpoint) -> dict[str, Any]:
                 "shape": [entry.m, entry.n],
                 "dtype": str(entry.dtype).removeprefix("torch."),
                 "values": entry.values,
+                "wrapper": None if entry.wrapper is None else list(entry.wrapper),
                 "sparsity": round(entry.sparsity, 6),
                 "bytes": stored,
                 "dense_bytes": entry.dense_bytes,
@@ -56,6 +57,8 @@ def inspect_sparse(checkpoint: Checkpoint) -> dict[str, Any]:
             }
         )
     skipped, notes = _skipped(checkpoint, manifest)
+    if checkpoint.quantization.wrapper is not None:
+        notes.append("sparsity is that of the cores; the products with their wrappers have no zeros")
     dense = sum(w["dense_bytes"] for w in weights)
     stored = sum(w["bytes"] for w in weights)
     linear = dense + sum(s["bytes"] for s in skipped)
@@ -65,6 +68,7 @@ def inspect_sparse(checkpoint: Checkpoint) -> dict[str, Any]:
         "pattern": checkpoint.quantization.pattern,
         "values": checkpoint.quantization.values,
         "group_size": checkpoint.quantization.group_size,
+        "wrapper": checkpoint.quantization.wrapper,
         "producer": str(checkpoint.quantization.producer),
         "source": manifest.get("source"),
         "options": manifest.get("options"),

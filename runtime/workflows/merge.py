@@ -50,6 +50,7 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, 
     from sparse_rt.training.saved import SavedAdapter
 
     checkpoint = Checkpoint.open(options.model)
+    checkpoint.quantization.refuse_wrapper("no adapter can be merged into")
     adapter = SavedAdapter.open(options.adapter)
     for folder in (checkpoint.folder, adapter.folder):
         refuse_same_folder(folder, output)

@@ -67,6 +67,7 @@ def check_folder(folder: Path, quantization: str | None) -> None:
         )
     if is_sparse_checkpoint(folder):
         checkpoint = Checkpoint.open(folder)
+        checkpoint.quantization.refuse_wrapper("vLLM cannot serve")
         check_weight_files(checkpoint)
         manifest = folder / MANIFEST_NAME
         if manifest.is_file():  # a folder written by save_pretrained has none

@@ -12,7 +12,7 @@ from sparse_rt.config import VerifyOptions
 from sparse_rt.conversion.compare import SparseSide, compare, open_side
 from sparse_rt.conversion.structure import Structure, read_structure
 from sparse_rt.errors import CheckFailed, FormatError, UserError
-from sparse_rt.formats import check_finite, get_format, int8
+from sparse_rt.formats import check_finite, get_format, int8, wrapper
 from sparse_rt.progress import Progress
 
 # A model card is meant to be edited; every other file of the manifest is not.
@@ -129,12 +129,14 @@ def check_tensors(checkpoint: Checkpoint, manifest: dict[str, Any] | None, progr
 
     for name, weight in progress.track(checkpoint.weights.items(), "checking weights", total=len(checkpoint.weights)):
         fmt = get_format(weight.pattern)
-        values, metadata, *scales = (load(f"{name}.{suffix}") for suffix in weight.tensor_names)
-        if scales:
+        values, metadata, *others = (load(f"{name}.{suffix}") for suffix in weight.tensor_names)
+        if weight.values == int8.INT8:
             shape = weight.m, weight.n, weight.group_size
-            int8.widen(name, fmt, values, *scales, metadata, *shape, weight.dtype)
-        else:
-            fmt.check_data(name, values, metadata, weight.m, weight.n)
+            int8.widen(name, fmt, values, *others, metadata, *shape, weight.dtype)
+            continue
+        fmt.check_data(name, values, metadata, weight.m, weight.n)
+        if weight.wrapper is not None:
+            wrapper.check_data(name, wrapper.Wrapper(*others))
     for name in checkpoint.dense_tensors():
         tensor = load(name)
         if name.endswith((".weight", ".bias")):
