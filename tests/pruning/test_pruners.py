@@ -25,8 +25,8 @@ def expected_count(m, n, pattern, sparsity, scope):
 
 
 def test_known_pruners():
-    assert known_pruners() == ["admm", "alps", "magnitude", "none", "ria", "sparsegpt", "wanda"]
-    with pytest.raises(UserError, match="Unknown pruner 'wandb'; known are admm, alps, magnitude"):
+    assert known_pruners() == ["admm", "alps", "armor", "magnitude", "none", "ria", "sparsegpt", "wanda"]
+    with pytest.raises(UserError, match="Unknown pruner 'wandb'; known are admm, alps, armor, magnitude"):
         get_pruner("wandb")
     with pytest.raises(UserError, match="none removes no weight; start with a pruner"):
         get_pruner("none+admm")

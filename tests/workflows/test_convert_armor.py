@@ -196,6 +196,7 @@ def test_adapters_are_refused_before_any_work(converted, tmp_path):
         (dict(overrides={"down_proj": "16:32"}), "--method armor cannot prune to 16:32"),
         (dict(experts=True), "--experts compresses mixtures for vLLM, which does not serve the wrapped weights"),
         (dict(method="wanda"), "--wrapper-block is for --method armor, not for wanda"),
+        (dict(transposable=True), "--method armor chooses single positions within their row"),
         (dict(method="armor+dsnot"), "which no repair knows; use armor alone"),
     ],
 )

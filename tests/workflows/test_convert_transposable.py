@@ -70,7 +70,7 @@ def test_what_cannot_be_transposable_is_refused(run, tmp_path):
     for more, words in (
         ({"pattern": "unstructured"}, "needs groups in rows and columns, and the pattern unstructured has none"),
         ({"method": "none"}, "--method none takes the one that is there; leave it out"),
-        ({"method": "wanda+dsnot"}, r"wanda\+dsnot moves single positions within their row"),
+        ({"method": "wanda+dsnot"}, r"wanda\+dsnot chooses single positions within their row"),
     ):
         with pytest.raises(UserError, match=words):
             run("out", **more)
