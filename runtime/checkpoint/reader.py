@@ -150,7 +150,8 @@ class ModelFolder:
 def _loose_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
-        hint = "; it holds pickle weights (*.bin), save it as safetensors first" if list(folder.glob("*.bin")) else ""
+        pickled = bool(list(folder.glob("*.bin")))
+        hint = "; it holds pickle weights (*.bin): `sparse-rt convert` reads them, nothing else does" if pickled else ""
         raise FormatError(f"{folder} holds no *.safetensors file{hint}")
     return files
 

@@ -1,4 +1,4 @@
-"""What can be converted: dense (or pruned, stored dense) folders, and sparse compressed-tensors folders."""
+"""What can be converted: dense (or pruned, stored dense) folders, sparse compressed-tensors folders, torch pickles."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_rt.checkpoint import QUANT_METHOD, SourceCheckpoint, read_json, resolve_model
 from sparse_rt.checkpoint.compressed_tensors import CompressedTensors, is_sparse_format, sparsity_format
+from sparse_rt.checkpoint.pickled import PickledCheckpoint, pickled_files
 from sparse_rt.errors import FormatError, UserError
 
 # Where config.json may describe how its weights are stored; the last two are older names of compressed-tensors.
@@ -36,7 +37,7 @@ class Source:
 
     kind = "dense"
 
-    def __init__(self, checkpoint: SourceCheckpoint, model: str):
+    def __init__(self, checkpoint: SourceCheckpoint | PickledCheckpoint, model: str):
         self.checkpoint, self.model, self.folder = checkpoint, model, checkpoint.folder
         self.tensors = {name: SourceTensor(entry.dtype, entry.shape) for name, entry in checkpoint.tensors.items()}
 
@@ -96,11 +97,30 @@ class CompressedTensorsSource(Source):
         return self.compressed.mask(name) if name in self.compressed.weights else None
 
 
+class PickledSource(Source):
+    """A folder of torch pickles; "semi-structured" where some weights are torch's 2:4 tensors."""
+
+    def __init__(self, checkpoint: PickledCheckpoint, model: str):
+        super().__init__(checkpoint, model)
+        if any(tensor.semi_structured for tensor in checkpoint.tensors.values()):
+            self.kind = "semi-structured"
+
+    def stored_mask(self, name: str) -> Tensor | None:
+        return self.checkpoint.mask(name)
+
+    def digest(self) -> str:
+        return self.checkpoint.digest()
+
+    def file_times(self) -> list[list[int]]:
+        stats = [file.stat() for file in self.checkpoint.files]
+        return [[stat.st_size, stat.st_mtime_ns] for stat in stats]
+
+
 def open_source(model: str | Path, revision: str | None = None) -> Source:
     """Open a folder or hub id to convert from.
 
-    Raises ``UserError`` for a sparse-rt folder (there is nothing to convert), a quantized model or a model without
-    safetensors, ``FormatError`` for damaged files.
+    Where there are no safetensors, pickled weights are read, tensors only. Raises ``UserError`` for a sparse-rt folder
+    (there is nothing to convert), a quantized model or a pickle with other objects, ``FormatError`` for damaged files.
     """
     folder = resolve_model(model, revision)
     config = read_json(folder / "config.json")
@@ -117,6 +137,10 @@ def open_source(model: str | Path, revision: str | None = None) -> Source:
             f"{model} is stored by {method or 'another quantization method'}, sparse-rt reads plain bfloat16, float16 "
             "and float32 weights; convert the unquantized model"
         )
+    if not list(folder.glob("*.safetensors*")) and pickled_files(folder):
+        if stored and is_sparse_format(format_name):
+            raise UserError(f"{model} is stored as {format_name}, which is read from safetensors, not from pickles")
+        return PickledSource(PickledCheckpoint(folder), str(model))
     checkpoint = SourceCheckpoint.open(folder)
     if stored and is_sparse_format(format_name):
         return CompressedTensorsSource(checkpoint, str(model))
