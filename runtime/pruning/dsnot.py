@@ -9,11 +9,11 @@ Row by row a removed weight comes back and a kept one goes, at most ``CYCLES`` t
 - back comes the removed weight that lowers |e_i| most for its uncertainty: the largest W_ij s_j / var(x_j) of the sign
   of e_i (its variance within a sequence, averaged);
 - unstructured: of the kept weights whose loss lowers |e_i| too, the one with the smallest Wanda score goes;
-- N:M: the one with the smallest Wanda score in the same group goes, and the row ends where that would turn the sign of
-  its error.
+- N:M: of the same group, the one with the smallest Wanda score goes;
+- a swap that would turn the sign of e_i, or not bring it nearer to zero, ends the row.
 
-A position moves once at most. These are the rules of the published code; where it runs out of candidates it swaps
-positions that have moved already, here the row ends.
+A position moves once at most. These are the rules of the published code with its option against turned signs; it
+applies that to N:M always, to unstructured weights never unless asked to, and lets errors of N:M rows grow.
 """
 
 from __future__ import annotations
@@ -85,14 +85,16 @@ class _Rows:
             gain = self.gain[rows, grown]
             active &= torch.where(side == 0, gain, -gain) > 0
             pruned = self._gone_in_group(rows, grown, group) if group else gone[side, rows, place]
-            swapped = active & (self.cost[rows, pruned] < INFINITE)
             change = self.effect[rows, pruned] - self.effect[rows, grown]
-            if group:
-                active &= ~swapped | ((self.error + change).sign() == sign)
-                swapped &= active
+            after = self.error + change
+            nearer = (after.abs() < self.error.abs()) & (after.sign() == sign)
+            free = self.cost[rows, pruned] < INFINITE
+            if group:  # another group may have one to spare
+                active &= nearer | ~free
             else:
-                swapped &= torch.where(side == 0, self.effect[rows, pruned] < 0, self.effect[rows, pruned] > 0)
-                active &= swapped
+                lowers = torch.where(side == 0, self.effect[rows, pruned] < 0, self.effect[rows, pruned] > 0)
+                active &= nearer & free & lowers
+            swapped = active & free
             self.error += torch.where(swapped, change, 0)
             self.mask[rows[swapped], grown[swapped]] = True
             self.mask[rows[swapped], pruned[swapped]] = False

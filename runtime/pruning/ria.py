@@ -20,11 +20,13 @@ EXPONENT = 0.5  # of the norm of the inputs; the paper's choice for every model
 class RIA(Pruner):
     """S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) sqrt(mean over sequences of ||X_:j||^2)^0.5. No update.
 
-    Ranked over the whole weight, as the published code does unless told otherwise, for N:M per group.
+    Ranked per output row, for N:M per group. (The published code ranks unstructured weights over the whole matrix
+    unless it is given --per_outneuron; on the shipped model at 60 % that gives perplexity 33.47 and rows give 31.59.)
     """
 
     name = "ria"
     needs_calibration = True
+    scope = "row"
 
     def prune(
         self, weight: Tensor, stats: ActivationStats | None, fmt: Format, sparsity: float | None

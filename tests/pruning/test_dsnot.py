@@ -8,13 +8,13 @@ from sparse_rt.formats import get_format
 from sparse_rt.pruning import ActivationStats, get_pruner
 
 
-def setting(m=12, n=96, seed=0, mean=0.5):
+def setting(m=12, n=128, seed=0, mean=0.5):
     """A weight, and inputs [4, 40, n] with means of their own, one of them constant and one silent."""
     generator = torch.Generator().manual_seed(seed)
     weight, x = torch.randn(m, n, generator=generator), torch.randn(4, 40, n, generator=generator)
     x = x * (0.3 + torch.rand(n, generator=generator)) + mean * torch.randn(n, generator=generator)
     x += 0.2 * torch.randn(4, 1, n, generator=generator)  # sequences differ in their means
-    x[..., 3], x[..., 7] = 1.5, 0
+    x[..., 3], x[..., 7] = 0.05, 0
     return weight, x, stats_of(x)
 
 
@@ -54,7 +54,7 @@ def swap_row(dense, kept, mask, x, group):
             continue
         pruned = min(options, key=lambda j: float(kept[j].double().abs() * norms[j]))
         after = error + float(lost[pruned]) - float(back[grown])
-        if group and after * first <= 0:
+        if after * first <= 0 or abs(after) >= abs(error):
             break
         moved |= {grown, pruned}
         mask[grown], mask[pruned], error = True, False, after
@@ -70,17 +70,16 @@ def test_positions_move_by_the_rules(pattern, first):
     new, mask = get_pruner(f"{first}+dsnot").prune(dense, stats, fmt, 0.6)
     rows = [swap_row(d, w, m, x, group) for d, w, m in zip(dense, pruned, start, strict=True)]
     assert torch.equal(mask, torch.stack([row[0] for row in rows]))
-    assert (mask != start).sum() >= (4 if first == "sparsegpt" else 28)  # the rules had something to do
+    assert (mask != start).sum() >= (4 if first == "sparsegpt" else 20)  # the rules had something to do
     assert torch.equal(mask.sum(1), start.sum(1))
     if group:
         assert torch.equal(mask.view(12, -1, group).sum(-1), start.view(12, -1, group).sum(-1))
     # What comes back has its dense value, what stayed the value that the pruner gave it.
     assert torch.equal(new[mask & start], pruned[mask & start])
     assert torch.equal(new[mask & ~start], dense[mask & ~start])
-    # The reason for it all: the expected output is nearer to the dense one. (Not so by the published rules in rows as
-    # short as these without groups, where an error goes past zero and back, or where SparseGPT left next to none.)
-    before, after = torch.tensor([[row[1], row[2]] for row in rows]).abs().mean(0)
-    assert after < 0.6 * before or not group or first == "sparsegpt"
+    # The reason for it all: the expected output is nearer to the dense one.
+    before, after = torch.tensor([[row[1], row[2]] for row in rows]).abs().unbind(1)
+    assert (after <= before).all() and after.mean() < (0.95 if first == "sparsegpt" else 0.8) * before.mean()
 
 
 def test_a_row_without_candidates_or_error_stays():

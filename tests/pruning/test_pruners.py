@@ -50,7 +50,7 @@ def test_exact_counts_when_scores_tie(name, pattern, sparsity):
     x[..., 5:9] = 0  # dead inputs
     fmt = get_format(pattern)
     new, mask = get_pruner(name).prune(weight, stats_of(list(x)), fmt, sparsity)
-    scope = "row" if name == "wanda" else "matrix"
+    scope = get_pruner(name).scope
     assert int(mask.sum()) == expected_count(m, n, pattern, sparsity, scope)
     if pattern != "unstructured":
         kept, group = map(int, pattern.split(":"))
