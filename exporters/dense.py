@@ -27,14 +27,13 @@ _PROMPT = 32
 
 _READER = """
 import json, sys
-import torch
-from transformers import AutoModelForCausalLM
-folder, ids, target = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+import torch, transformers
+folder, ids, target, auto = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, dtype=torch.float32).eval()
 if "sparse_rt" in sys.modules:
     sys.exit("sparse_rt was imported: this was to be a plain transformers process")
 with torch.no_grad():
-    torch.save(model(torch.tensor(json.loads(ids))).logits, target)
+    torch.save(model(torch.tensor(json.loads(ids)))[0], target)
 """
 
 
@@ -70,14 +69,15 @@ class DenseExporter(Exporter):
                 continue
             values, metadata = checkpoint.load_weight(name)
             _compare_weight(name, entry, values, metadata, dense.load(f"{name}.weight"))
+        from sparse_rt.families import auto_class
         from sparse_rt.hf.load import load
 
         model = load(source, dtype=torch.float32)
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, _PROMPT), generator=generator)
         with torch.no_grad():
-            expected = model(ids).logits
-        found = _plain_logits(output, ids)
+            expected = model(ids)[0]  # logits, of a body the hidden states
+        found = _plain_logits(output, ids, auto_class(model.config).__name__)
         difference, scale = (found - expected).abs().max().item(), expected.abs().max().item()
         products = [entry.dtype for entry in checkpoint.weights.values() if entry.wrapper is not None]
         tolerance = max((ROUNDED_TOLERANCE[dtype] for dtype in products), default=TOLERANCE)
@@ -107,10 +107,10 @@ def _compare_product(name: str, expected: torch.Tensor, weight: torch.Tensor) ->
         raise CheckFailed(f"weight {name}: {wrong} of {weight.numel()} dense weights differ from core and wrapper")
 
 
-def _plain_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+def _plain_logits(folder: Path, ids: torch.Tensor, auto: str) -> torch.Tensor:
     with tempfile.TemporaryDirectory() as temporary:
         target = Path(temporary) / "logits.pt"
-        command = [sys.executable, "-c", _READER, str(folder), json.dumps(ids.tolist()), str(target)]
+        command = [sys.executable, "-c", _READER, str(folder), json.dumps(ids.tolist()), str(target), auto]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode != 0:
             lines = result.stderr.strip().splitlines()

@@ -24,7 +24,7 @@ from sparse_rt.config import Options, parse_size
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
-from sparse_rt.exporters.folder import copy_side_files, reference_model
+from sparse_rt.exporters.folder import copy_side_files
 from sparse_rt.formats import get_format
 from sparse_rt.formats.int8 import INT8, PLAIN, check_group_size, dequantize, quantize
 from sparse_rt.modelcard import derived_card
@@ -125,12 +125,14 @@ def _check_weight(plain: Checkpoint, written: Checkpoint, name: str, entry: Weig
 
 def compare_logits(source: Path, output: Path) -> dict[str, Any]:
     """Relative error of the logits, share of equal likeliest tokens and, on text, the perplexity of both models."""
+    from sparse_rt.hf.load import load
+
     tokenizer = _tokenizer(source)
-    model = reference_model(source, dtype=torch.float32)
+    model = load(source, dtype=torch.float32)
     tokens = _tokens(tokenizer, model.config.get_text_config())
     expected = _logits(model, tokens)
     del model
-    found = _logits(reference_model(output, dtype=torch.float32), tokens)
+    found = _logits(load(output, dtype=torch.float32), tokens)
     figures = {
         "logits_error": float((found - expected).norm() / expected.norm()),
         "logits_limit": LIMIT,
@@ -161,7 +163,7 @@ def _tokens(tokenizer: Any | None, config: Any) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: Any, tokens: Tensor) -> Tensor:
-    return model(tokens, use_cache=False).logits.float()
+    return model(tokens, use_cache=False)[0].float()
 
 
 def _perplexity(logits: Tensor, tokens: Tensor) -> float:

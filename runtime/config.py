@@ -100,9 +100,6 @@ class ConvertOptions(Options):
     )
     ignore: list[str] = Field(["lm_head"], description="modules left dense: a name, its last parts, or re:PATTERN")
     overrides: dict[str, str] = Field({}, description="modules with another pattern, as NAME=PATTERN")
-    experts: bool = Field(
-        False, description="compress the experts of mixtures, too: vLLM serves them, transformers does not load them"
-    )
     dtype: str = Field("auto", description="dtype of the stored values: auto, bfloat16, float16, float32")
     device: str = Field("auto", description="where to prune: auto, cpu, cuda")
     max_shard_size: str = Field("5GB", description="largest weight file")

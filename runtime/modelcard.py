@@ -10,6 +10,15 @@ from typing import Any
 from sparse_rt.checkpoint import SparseConfig
 
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+CAUSAL = "AutoModelForCausalLM"
+# What the hub calls the task of a class; the bodies of models have none.
+PIPELINES = {
+    CAUSAL: "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 _BODY = """# {title}
@@ -25,9 +34,9 @@ kept values and positions, on disk and in memory.
 
 ```python
 import sparse_rt  # registers the format with transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
 tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
@@ -57,8 +66,12 @@ without zeros and as large as the one that this was made from. `sparse-rt verify
 the manifest."""
 
 
-def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str:
-    """Markdown with the metadata block of the hub. ``facts`` is the result of the conversion.
+_NOT_SERVED = """`sparse-rt export --to dense` writes an ordinary dense model for any other engine, `sparse-rt verify`
+checks every file and tensor against the manifest."""
+
+
+def model_card(facts: dict[str, Any], source: Path, config: SparseConfig, auto: str = CAUSAL) -> str:
+    """Markdown with the metadata block of the hub. ``facts`` is the result of the conversion, ``auto`` what loads it.
 
     Licence and language are taken over from the card of the source model, when it has one.
     """
@@ -69,12 +82,13 @@ def model_card(facts: dict[str, Any], source: Path, config: SparseConfig) -> str
     base = origin if _HUB_ID.fullmatch(origin) and not Path(origin).exists() else inherited.pop("base_model", None)
     inherited.pop("base_model", None)
     tags = ["sparse-rt", "sparsity", f"pattern:{config.pattern}"]
-    inherited.setdefault("pipeline_tag", "text-generation")
+    if auto in PIPELINES:
+        inherited.setdefault("pipeline_tag", PIPELINES[auto])
     data = ModelCardData(base_model=base, tags=tags, library_name="transformers", **inherited)
     name = f"{Path(origin).name}-{config.pattern.replace(':', '-')}"
-    serve = (_SERVE if config.wrapper is None else _SERVE_WRAPPED).format(name=f"path/to/{name}")
-    skipped = _skipped(facts["skipped"])
-    body = _BODY.format(title=name, name=f"path/to/{name}", facts=_facts(facts, config), serve=serve, skipped=skipped)
+    serve = _SERVE_WRAPPED if config.wrapper is not None else _SERVE if auto == CAUSAL else _NOT_SERVED
+    parts = dict(facts=_facts(facts, config), skipped=_skipped(facts["skipped"]), auto=auto)
+    body = _BODY.format(title=name, name=f"path/to/{name}", serve=serve.format(name=f"path/to/{name}"), **parts)
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 
 

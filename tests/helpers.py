@@ -48,7 +48,7 @@ _COMMON = dict(
 )
 
 
-# What a family has beside _COMMON; sizes that all its members have, and the things that only it has.
+# What a family has beside _COMMON: sizes that all its members have, and what only it has. None: without the common one.
 _FAMILIES = {
     "llama": ("LlamaConfig", {}),
     "mistral": ("MistralConfig", {}),
@@ -59,7 +59,27 @@ _FAMILIES = {
         "Gemma2Config",
         dict(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, sliding_window=64),
     ),
+    "llama3": (
+        "LlamaConfig",
+        dict(
+            rope_parameters=dict(
+                rope_type="llama3",
+                rope_theta=500000.0,
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=64,
+            )
+        ),
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        dict(tie_word_embeddings=True, head_dim=32, query_pre_attn_scalar=32, sliding_window=8, num_hidden_layers=6),
+    ),
     "phi3": ("Phi3Config", {}),
+    "gpt_neox": ("GPTNeoXConfig", dict(num_key_value_heads=None)),
+    "bert": ("BertConfig", dict(tie_word_embeddings=True)),
+    "roberta": ("RobertaConfig", dict(tie_word_embeddings=True, max_position_embeddings=256 + 2)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)),
 }
@@ -74,15 +94,23 @@ def _config(family: str, **overrides):
         fields |= dict(max_position_embeddings=256, word_embed_proj_dim=64)
         return transformers.OPTConfig(**{**fields, **special, **overrides})
     name, own = _FAMILIES[family]
-    return getattr(transformers, name)(**{**_COMMON, **own, **special, **overrides})
+    fields = {key: value for key, value in {**_COMMON, **own}.items() if value is not None}
+    return getattr(transformers, name)(**{**fields, **special, **overrides})
 
 
-def tiny_model(folder: Path, family: str = "llama", dtype=torch.bfloat16, seed: int = 0, **overrides) -> Path:
+def tiny_model(
+    folder: Path,
+    family: str = "llama",
+    dtype=torch.bfloat16,
+    seed: int = 0,
+    auto: str = "AutoModelForCausalLM",
+    **overrides,
+) -> Path:
     """Save a small random model of ``family`` (opt, or a key of ``_FAMILIES``) with the shipped tokenizer."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(_config(family, **overrides))
+    model = getattr(transformers, auto).from_config(_config(family, **overrides))
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):  # transformers starts biases at zero, which would hide a lost bias
             torch.nn.init.normal_(parameter, std=0.05)

@@ -14,7 +14,7 @@ SOURCES = ("runtime", "kernels", "exporters", "tools")
 BOTTOM = {"errors", "version", "registry", "optional", "progress", "config", "child"}
 FORMATS = BOTTOM | {"formats"}
 KERNELS = FORMATS | {"kernels"}
-MODEL = KERNELS | {"nn", "checkpoint", "device", "assets", "data", "modelcard", "report", "hooks"}
+MODEL = KERNELS | {"nn", "checkpoint", "device", "assets", "data", "modelcard", "report", "hooks", "families"}
 
 # Package or module of sparse_rt -> what it may import besides itself. What is not listed here is refused.
 ALLOWED = {
@@ -31,6 +31,7 @@ ALLOWED = {
     "nn": KERNELS,
     "checkpoint": FORMATS | {"version"},
     "device": {"errors"},
+    "families": {"errors"},
     "assets": {"errors"},
     "data": BOTTOM | {"assets"},
     "modelcard": FORMATS | {"checkpoint"},

@@ -87,9 +87,16 @@ def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight]]
 def _empty_model(checkpoint: Checkpoint) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from sparse_rt.families import auto_class
+
     accelerate = require("accelerate", extra="onnx")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
+        if auto_class(config) is not AutoModelForCausalLM:
+            raise UserError(
+                f"{checkpoint.folder} is a {config.architectures[0]}, and the ONNX export writes causal language "
+                "models; use transformers, or export --to dense"
+            )
         del config.quantization_config
         # float32: buffers such as rotary frequencies are computed in the dtype of the model.
         with accelerate.init_empty_weights(include_buffers=False):

@@ -10,7 +10,6 @@ from typing import Any
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
-from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.vllm.agreement import NEAR_TIE_ULPS, compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
 
@@ -61,18 +60,17 @@ class VLLMExporter(Exporter):
     def check(self, source: Path, output: Path) -> dict[str, Any]:
         """Greedy tokens of the engine against transformers on the same compressed model.
 
-        Three prompts, 24 tokens each; a model with compressed experts runs in transformers with dense ones. A first
-        difference is accepted where transformers' own logits of the two tokens are within ``NEAR_TIE_ULPS`` units in
-        the last place of the model's dtype; ``CheckFailed`` otherwise.
+        Three prompts, 24 tokens each. A first difference is accepted where transformers' own logits of the two tokens
+        are within ``NEAR_TIE_ULPS`` units in the last place of the model's dtype; ``CheckFailed`` otherwise.
         """
-        from sparse_rt.hf.load import load_tokenizer
+        from sparse_rt.hf.load import load, load_tokenizer
 
         try:
             tokenizer = load_tokenizer(source)
         except (OSError, ValueError) as error:
             raise UserError(f"the check needs the tokenizer beside the weights in {source} ({error})") from error
         prompts = [tokenizer(text)["input_ids"] for text in CHECK_PROMPTS]
-        model = reference_model(source)
+        model = load(source)
         dtype = str(model.dtype).removeprefix("torch.")
         served = generate_tokens(output, prompts, CHECK_TOKENS, options={"dtype": dtype})
         report = compare(greedy(model, prompts, CHECK_TOKENS), served["tokens"], model.dtype)

@@ -319,6 +319,11 @@ class Checkpoint(ModelFolder):
             raise UserError(f"{name} is not a compressed weight of {self.folder}")
         return self.weights[name]
 
+    def dense_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors of the dense model, by the names that they have there."""
+        shapes = {f"{name}.weight": (weight.m, weight.n) for name, weight in self.weights.items()}
+        return shapes | {name: self.tensors[name].shape for name in self.dense_tensors()}
+
     def dense_tensors(self) -> list[str]:
         """Names of the tensors stored as they were (embeddings, norms, biases, ignored weights)."""
         compressed = self.compressed_tensors()

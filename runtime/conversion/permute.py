@@ -109,7 +109,7 @@ class Permuting:
         self._current = None
 
     def _key(self, index: int, parameter: str) -> str | None:
-        return self.plan.structure.key_of(f"{self.plan.blocks_name}.{index}.{parameter}", self.plan.source.tensors)
+        return self.plan.structure.key_of(f"{self.plan.blocks_name}.{index}.{parameter}")
 
     @torch.no_grad()
     def _outputs(self, runner: BlockRunner, index: int) -> dict[str, Tensor]:

@@ -25,12 +25,7 @@ from sparse_rt.pruning import Pruner, find_blocks, get_pruner, ratios
 from sparse_rt.pruning.transposable import TransposableFormat
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# One projection of one expert, as most mixtures are stored.
-EXPERT = re.compile(r"\.experts\.\d+\.")
-FUSED = (
-    "transformers fuses these mixture-of-experts weights into one tensor, for which it has no compressed form; "
-    "--experts compresses them for vLLM"
-)
+HEAD = "a head or pooler outside of the encoder's blocks; with --ignore only what it names stays dense"
 
 
 @dataclass
@@ -86,11 +81,7 @@ class Plan:
 
     def sparse_config(self) -> SparseConfig:
         """``quantization_config`` of the result: ``ignore`` names every linear module left dense, in full."""
-        left = [d.name for d in self.decisions.values() if d.pattern is None]
-        fused = {match[1] for name in left if (match := re.match(r"(.*\.experts)(\.|$)", name))}
-        ignore = [name for name in left if not any(name.startswith(prefix) for prefix in fused)]
-        ignore += [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(fused)]
-        ignore += [name for name in self.unmatched if name not in ignore]
+        ignore = self._left_dense()
         compressed = [d for d in self.decisions.values() if d.pattern]
         if self.options.pattern == AUTO:
             own = most_common(d.pattern for d in compressed if not d.overridden)
@@ -105,6 +96,16 @@ class Plan:
         overrides = {name: Override(pattern=pattern) for name, pattern in given.items()} | compact_overrides(others)
         wrapper = BLOCK_DIAGONAL if self.pruner.wraps else None
         return SparseConfig(pattern=own, wrapper=wrapper, ignore=ignore, overrides=overrides)
+
+    def _left_dense(self) -> list[str]:
+        """Names of all modules left dense, experts of a block that all are by one pattern."""
+        left = [d for d in self.decisions.values() if d.pattern is None]
+        compressed = {_experts(d.name) for d in self.decisions.values() if d.pattern}
+        dense = {prefix for d in left if (prefix := _experts(d.name)) and prefix not in compressed}
+        left = [d for d in left if _experts(d.name) not in dense]
+        names = [d.name for d in left] + [f"re:{re.escape(prefix)}(\\..*)?" for prefix in sorted(dense)]
+        modules = (self.structure.module_of(d.key) for d in left)  # the model may call a module otherwise than the file
+        return names + [n for n in (*modules, *self.unmatched) if n and not any(matches(n, known) for known in names)]
 
     def format_of(self, decision: Decision) -> Format:
         """The format that chooses the mask of ``decision``."""
@@ -187,6 +188,12 @@ class Plan:
             yield sum(16 * d.nnz + 8 * tokens * sum(d.shape) for d in pruned)
 
 
+def _experts(name: str) -> str | None:
+    """The experts that ``name`` is a part of."""
+    match = re.match(r"(.*\.experts)(\.|$)", name)
+    return match[1] if match else None
+
+
 def runs_model(options: ConvertOptions, pruner: Pruner) -> bool:
     return pruner.needs_calibration or options.reconstruct > 0 or options.permute or options.ratios == "owl"
 
@@ -226,9 +233,11 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     if runs_model(options, pruner):
         blocks_name, modules = find_blocks(structure.model)
         count = len(modules)
+        _refuse_shared(structure, count)
         for parameter in structure.parameters:
-            if parameter.startswith(f"{blocks_name}."):
-                checkpoint_key(parameter, structure, source, pruner)
+            if parameter.startswith(f"{blocks_name}.") and not structure.has(parameter):
+                raise _missing(parameter, source, pruner)
+    body = _body(options, structure)
     decisions: dict[str, Decision] = {}
     outside: list[str] = []
     blocks: list[list[str]] = [[] for _ in range(count)]
@@ -237,7 +246,9 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
         (outside if index is None else blocks[index]).append(key)
         kind = structure.kind(key, len(tensor.shape))
         if kind != kinds.OTHER:
-            decisions[key] = _decide(options, pruner, structure, key, tensor, kind, index)
+            decision = decisions[key] = _decide(options, pruner, structure, key, tensor, kind, index)
+            if decision.pattern and body and _block_index(key, structure, body) is None:
+                decision.pattern, decision.reason = None, HEAD
     _check_names(options, decisions, structure, notes)
     if not any(d.pattern for d in decisions.values()):
         reasons = sorted({d.reason for d in decisions.values()})
@@ -254,18 +265,33 @@ def make_plan(options: ConvertOptions, source: Source, structure: Structure) -> 
     return Plan(options, source, structure, pruner, decisions, outside, blocks, blocks_name, unmatched, notes)
 
 
-def checkpoint_key(parameter: str, structure: Structure, source: Source, pruner: Pruner) -> str:
-    """The tensor of ``source`` that is ``parameter`` of the model; ``UserError`` when there is none."""
-    key = structure.key_of(parameter, source.tensors)
-    if key is None:
-        who, instead = pruner.name, "use --method magnitude"
-        if not pruner.needs_calibration:
-            who, instead = "--reconstruct, --permute or --ratios", "leave it out"
+def _body(options: ConvertOptions, structure: Structure) -> str | None:
+    """Name of the blocks that alone are compressed: those of an encoder, unless the user says what stays dense."""
+    if not structure.is_encoder or "ignore" in options.model_fields_set:
+        return None
+    try:
+        return find_blocks(structure.model)[0]
+    except UserError:  # it has none; every linear weight is like the others
+        return None
+
+
+def _refuse_shared(structure: Structure, blocks: int) -> None:
+    """``UserError`` for layers that share their weights (ALBERT): no block has inputs of its own."""
+    layers = getattr(structure.model.config, "num_hidden_layers", blocks)
+    if isinstance(layers, int) and layers > blocks:
         raise UserError(
-            f"{who} must run the model, and {source.model} has no tensor for {parameter} (transformers puts it "
-            f"together from several, as in mixtures of experts); {instead}"
+            f"{type(structure.model).__name__} runs {layers} layers on {blocks} block(s) of weights, so it cannot be "
+            "calibrated block by block; use --method magnitude or none without --reconstruct"
         )
-    return key
+
+
+def _missing(parameter: str, source: Source, pruner: Pruner) -> UserError:
+    who, instead = pruner.name, "use --method magnitude"
+    if not pruner.needs_calibration:
+        who, instead = "--reconstruct, --permute or --ratios", "leave it out"
+    return UserError(
+        f"{who} must run the model, and {source.model} has no tensor for {parameter}; copy the model again or {instead}"
+    )
 
 
 def _pruner(options: ConvertOptions) -> Pruner:
@@ -275,11 +301,6 @@ def _pruner(options: ConvertOptions) -> Pruner:
         refusal = None if pattern == AUTO else pruner.refuse_pattern(get_format(pattern))
         if refusal:
             raise UserError(f"--method {options.method} cannot prune to {pattern}: {refusal}")
-    if pruner.wraps and options.experts:
-        raise UserError(
-            f"--experts compresses mixtures for vLLM, which does not serve the wrapped weights of --method "
-            f"{options.method}; leave --experts out or choose another method"
-        )
     if options.wrapper_block is not None:
         if not pruner.wraps:
             raise UserError(f"--wrapper-block is for --method armor, not for {options.method}; leave it out")
@@ -373,11 +394,8 @@ def _check_transposable(options: ConvertOptions, fmt: Format, pruner: Pruner) ->
 def _block_index(key: str, structure: Structure, blocks_name: str | None) -> int | None:
     if blocks_name is None:
         return None
-    for name in structure.candidates(key):
-        match = re.match(rf"{re.escape(blocks_name)}\.(\d+)\.", name)
-        if match:
-            return int(match[1])
-    return None
+    match = re.match(rf"{re.escape(blocks_name)}\.(\d+)\.", structure.target(key))
+    return int(match[1]) if match else None
 
 
 def _decide(
@@ -394,13 +412,13 @@ def _decide(
     decision = Decision(key, name, tensor.shape, dtype)
     if kind == kinds.TIED:
         decision.reason = "tied to the embedding"
-    elif kind == kinds.EXPERTS and not (options.experts and EXPERT.search(name) and len(tensor.shape) == 2):
-        decision.reason = _why_dense(options, name)
+    elif kind == kinds.FUSED:
+        decision.reason = structure.why_fused(key)
     elif kind == kinds.UNKNOWN:
-        decision.reason = "the model has no parameter of this name: transformers renames or drops it while loading"
+        decision.reason = "the model has no parameter of this name: transformers drops it while loading"
     elif kind == kinds.FOREIGN:
         decision.reason = f"belongs to {structure.owner(key)}, which is not an nn.Linear"
-    elif any(matches(name, pattern) for pattern in options.ignore):
+    elif any(matches(one, pattern) for pattern in options.ignore for one in (name, structure.module_of(key))):
         decision.reason = "ignored"
     elif dtype not in VALUE_DTYPES:
         decision.reason = f"{dtype} values cannot be compressed; allowed are {', '.join(DTYPES)} (--dtype)"
@@ -422,12 +440,6 @@ def _decide(
             known = pruner.prunes or fmt.default_sparsity is not None
             decision.nnz = known_count(fmt, pruner, tensor.shape, decision.sparsity) if known else tensor.nnz
     return decision
-
-
-def _why_dense(options: ConvertOptions, name: str) -> str:
-    if not EXPERT.search(name):
-        return "transformers puts this weight together with those of the experts" if options.experts else FUSED
-    return "the experts are stored in one tensor with three dimensions" if options.experts else FUSED
 
 
 def known_count(fmt: Format, pruner: Pruner, shape: tuple[int, ...], sparsity: float | None) -> int:

@@ -24,6 +24,15 @@ SELF, TEMPERATURE = "self", 1.0
 ROOM = 1.15
 
 
+def check_writes(plan: Plan) -> None:
+    """``UserError`` for an encoder."""
+    if plan.structure.is_encoder:
+        raise UserError(
+            f"--dataset self lets the model write text, and a {type(plan.structure.model).__name__} predicts no next "
+            "token; give a text with --dataset FILE"
+        )
+
+
 def check_room(source: Source, device: torch.device) -> None:
     """``UserError`` when the dense model does not fit into the memory of ``device``, or cannot be loaded as it is.
 

@@ -46,6 +46,10 @@ class Source:
         """config.json without any word about how the weights are stored."""
         return {key: value for key, value in self.checkpoint.config.items() if key not in CONFIG_KEYS}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self.tensors.items()}
+
     def load(self, name: str) -> Tensor:
         """One tensor, dense."""
         return self.checkpoint.load(name)

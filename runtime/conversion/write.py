@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_rt.checkpoint import CheckpointWriter
+from sparse_rt.conversion import experts
 from sparse_rt.conversion.detect import AUTO, MAX_DENSITY, Detected, detect
 from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import Decision, Plan
@@ -132,6 +133,8 @@ class Writing:
         if stats is not None:
             after = compressed.dense(*decision.shape)
             fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), after), 6)
+        elif plan.pruner.needs_calibration:
+            fact["unseen"] = True
         self.facts.add(decision.name, **fact)
         return compressed
 
@@ -142,7 +145,10 @@ class Writing:
                 mask = self._stored_mask(decision, fmt)
                 if mask is not None:
                     return Pruned(weight, mask)
-            pruned = Pruned(*plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity))
+            if stats is None and plan.pruner.needs_calibration:
+                pruned = experts.prune_unseen(plan.pruner, weight.to(self.device), fmt, decision.sparsity)
+            else:
+                pruned = Pruned(*plan.pruner.prune(weight.to(self.device), stats, fmt, decision.sparsity))
         except FormatError as error:
             raise FormatError(
                 f"{decision.key} does not obey the pattern {fmt.pattern}: {error} (--method magnitude does), give it "
@@ -256,12 +262,12 @@ def _prune_open_block(
     for decision in decisions:
         inner = _inner(plan, runner, index, decision)
         seen = stats.pop(inner)
-        if not seen.sequences and not plan.pruner.needs_calibration:
-            seen = None
-        elif not seen.sequences:
+        if seen.tokens:
+            seen.check_finite(decision.name)
+        elif plan.pruner.needs_calibration and not experts.is_expert(decision.name):
             raise UserError(f"{decision.name} was not used by any calibration sequence; leave it dense with --ignore")
         else:
-            seen.check_finite(decision.name)
+            seen = None
         weight = writing.compress(decision, writing.read(decision), seen)
         compressed[decision.name] = weight.to("cpu")
         runner.set_weight(index, inner, weight.dense(*decision.shape))

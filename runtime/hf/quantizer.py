@@ -1,4 +1,4 @@
-"""``AutoModelForCausalLM.from_pretrained`` for sparse-rt folders: swaps ``nn.Linear`` for ``SparseLinear`` by header.
+"""``from_pretrained`` of the Auto classes for sparse-rt folders: swaps ``nn.Linear`` for ``SparseLinear`` by header.
 
 Importing this module registers it with transformers. Without it transformers stops with "no file named
 model.safetensors", because the shards of a converted model carry names of their own: nothing loads random weights.
@@ -6,11 +6,12 @@ model.safetensors", because the shards of a converted model carry names of their
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.core_model_loading import WeightConverter
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils import cached_file
@@ -18,7 +19,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_rt.checkpoint import INDEX_NAME, QUANT_METHOD, Checkpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
-from sparse_rt.errors import FormatError
+from sparse_rt.errors import FormatError, UserError
+from sparse_rt.families import CheckpointNames, SplitExperts, split_experts
+from sparse_rt.families.names import saved_names
+from sparse_rt.formats import VALUES_NAME
 from sparse_rt.formats import wrapper as wrappers
 from sparse_rt.formats.int8 import INT8
 from sparse_rt.hf.widen import Widening
@@ -51,6 +55,7 @@ class SparseRTQuantizer(HfQuantizer):
 
     requires_calibration = True
     widening: Widening | None = None  # of a folder with int8 values, while it is read
+    splits_experts = False
 
     def update_attn_implementation(self, config):
         # The only hook that sees the config before the weight files are resolved. Folders written by save_pretrained
@@ -67,9 +72,16 @@ class SparseRTQuantizer(HfQuantizer):
         config = {"quantization_config": self.quantization_config.sparse.to_dict()}
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, headers, config)
         swapped = swap_modules(model, checkpoint)
+        self.splits_experts = any(isinstance(module, SplitExperts) for module in model.modules())
         if checkpoint.quantization.values == INT8:
             self.widening = Widening({name: (key, checkpoint.weights[key]) for name, key in swapped.items()})
         return model
+
+    def update_weight_conversions(self, weight_conversions):
+        """Tensors of experts that are layers of their own are not joined while loading, nor taken apart for saving."""
+        if self.splits_experts:
+            weight_conversions = [one for one in weight_conversions if not isinstance(one, WeightConverter)]
+        return weight_conversions + self.get_weight_conversions()
 
     def get_weight_conversions(self):
         return [] if self.widening is None else self.widening.conversions()
@@ -98,11 +110,14 @@ class SparseRTQuantizer(HfQuantizer):
         return model
 
     def get_state_dict_and_metadata(self, model):
+        modules = dict(sparse_linears(model))
+        saved = saved_names(model, [f"{name}.{VALUES_NAME}" for name in modules])
         weights = {}
-        for name, module in sparse_linears(model):
-            weights[name] = {"pattern": module.pattern, "shape": [module.out_features, module.in_features]}
+        for name, module in modules.items():
+            key = saved[f"{name}.{VALUES_NAME}"].removesuffix(f".{VALUES_NAME}")
+            weights[key] = {"pattern": module.pattern, "shape": [module.out_features, module.in_features]}
             if module.wrapper is not None:
-                weights[name]["wrapper"] = wrappers.BLOCK_DIAGONAL
+                weights[key]["wrapper"] = wrappers.BLOCK_DIAGONAL
         return None, {METADATA_KEY: sparse_header(weights)[METADATA_KEY]}
 
     def is_serializable(self) -> bool:
@@ -121,21 +136,16 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
     """Replace every ``nn.Linear`` whose weight is compressed in ``checkpoint`` by an empty ``SparseLinear``.
 
     Returns the name that each replaced module has in the checkpoint. Raises ``FormatError`` when the checkpoint has a
-    weight the model lacks, or lacks one that its config announces.
+    weight the model lacks, or lacks one that its config announces, ``UserError`` for compressed experts that
+    transformers computes in a way of its own.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    modules = dict(model.named_modules())
+    names = _names_with_experts(model, checkpoint)
     swapped: dict[str, str] = {}
     for key, entry in checkpoint.weights.items():
-        name = next((c for c in (key, key.removeprefix(f"{prefix}."), f"{prefix}.{key}") if c in modules), None)
-        if name is None and ".experts." in key:
-            raise FormatError(
-                f"weight {key} is compressed, and transformers keeps all experts in one dense tensor; serve this model "
-                "with vLLM, or make a dense one with `sparse-rt export --to dense`"
-            )
-        if name is None:
+        name = (names.parameter(f"{key}.weight") or "").removesuffix(".weight")
+        if not name:
             continue  # a head that this model class does not have; transformers reports unexpected keys itself
-        linear = modules[name]
+        linear = model.get_submodule(name)
         if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != (entry.m, entry.n):
             raise FormatError(
                 f"weight {key} is ({entry.m}, {entry.n}), the model has {linear} there; config and weights do not fit"
@@ -147,17 +157,45 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
             empty.bias = linear.bias
         model.set_submodule(name, empty)
         swapped[name] = key
-    _check_missing(modules, swapped.keys(), checkpoint)
+    dense = (key for key in checkpoint.dense_tensors() if key.endswith(".weight"))
+    _check_missing(model, {names.parameter(key): key.removesuffix(".weight") for key in dense}, checkpoint)
     return swapped
 
 
-def _check_missing(modules: dict[str, nn.Module], swapped: Set[str], checkpoint: Checkpoint) -> None:
-    for name, module in modules.items():
-        pattern = checkpoint.quantization.pattern_for(name)
-        if type(module) is not nn.Linear or name in swapped or pattern is None:
+def _names_with_experts(model: nn.Module, checkpoint: Checkpoint) -> CheckpointNames:
+    """The names of ``model``, whose experts get layers of their own where weights of theirs are compressed."""
+    names = CheckpointNames(model)
+    compressed = [f"{name}.weight" for name in checkpoint.weights]
+    joined = {key: parameter for parameter, parts in names.joined(compressed).items() for key in parts}
+    if not joined:
+        return names
+    reasons = split_experts(model, names, checkpoint.dense_shapes())
+    for key, parameter in joined.items():
+        reason = reasons.get(parameter.rpartition(".")[0], "it is no parameter of experts")
+        if reason is not None:
+            raise UserError(
+                f"weight {key.removesuffix('.weight')} is compressed, and transformers joins it with others to "
+                f"{parameter}, which cannot be taken apart: {reason}; serve this model with vLLM, or make a dense one "
+                "with `sparse-rt export --to dense`"
+            )
+    if not hasattr(HfQuantizer, "update_weight_conversions"):
+        raise UserError("compressed experts need a newer transformers, which lets a format choose what is joined")
+    return CheckpointNames(model)
+
+
+def _check_missing(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Checkpoint) -> None:
+    """``dense``: parameter -> name in the checkpoint, without ".weight"."""
+    for name, module in model.named_modules():
+        if type(module) is not nn.Linear:
             continue
-        found = "only a dense weight is stored" if f"{name}.weight" in checkpoint.tensors else "convert the model again"
-        raise FormatError(f"tensor {name}.weight_values is missing: config.json announces a {pattern} weight, {found}")
+        key = dense.get(f"{name}.weight")
+        patterns = [checkpoint.quantization.pattern_for(one) for one in {name, key or name}]
+        if None in patterns:
+            continue
+        found = "convert the model again" if key is None else "only a dense weight is stored"
+        raise FormatError(
+            f"tensor {key or name}.weight_values is missing: config.json announces a {patterns[0]} weight, {found}"
+        )
 
 
 # Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.

@@ -17,6 +17,7 @@ from sparse_rt.adapters.effective import Update, Weight, WeightShape
 from sparse_rt.adapters.registry import adapter_names, get_adapter
 from sparse_rt.checkpoint import Checkpoint, file_digest, read_header, read_json, resolve_model
 from sparse_rt.errors import FormatError, UserError
+from sparse_rt.families import loaded_names
 from sparse_rt.formats import check_finite
 
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -25,12 +26,17 @@ _PREFIX = "base_model.model."
 
 
 class SavedAdapter:
-    """Config and tensors of an adapter: ``parameters`` by module, ``replaced`` for modules saved as a whole."""
+    """Config and tensors of an adapter: ``parameters`` by module, ``replaced`` for modules saved as a whole.
+
+    Both go by the names of the model. The methods take those of the checkpoint that was given to ``check``, where some
+    families call their modules otherwise.
+    """
 
     def __init__(self, folder: Path, adapter: type[SparseAdapterModel], config: AdapterConfig):
         self.folder, self.adapter, self.config = folder, adapter, config
         self.parameters: dict[str, dict[str, Tensor]] = defaultdict(dict)
         self.replaced: dict[str, Tensor] = {}
+        self._names: dict[str, str] = {}  # tensor of the checkpoint, a compressed weight as a dense one -> of the model
 
     @classmethod
     def open(cls, adapter: str | Path) -> SavedAdapter:
@@ -70,10 +76,13 @@ class SavedAdapter:
 
     def check(self, checkpoint: Checkpoint) -> None:
         """``UserError`` unless every tensor fits ``checkpoint`` and every layer the config names is there."""
-        shapes = {name: WeightShape(w.m, w.n, w.pattern, w.nnz) for name, w in checkpoint.weights.items()}
+        dense = checkpoint.dense_tensors()
+        if not self.parameters.keys() <= checkpoint.weights.keys() | {name.removesuffix(".weight") for name in dense}:
+            self._names = loaded_names(checkpoint.folder, checkpoint.dense_shapes())
+        shapes = {self._module(name): WeightShape(w.m, w.n, w.pattern, w.nnz) for name, w in checkpoint.weights.items()}
         vectors = {
-            name.removesuffix(".weight"): WeightShape.vector(*checkpoint.tensors[name].shape)
-            for name in checkpoint.dense_tensors()
+            self._module(name.removesuffix(".weight")): WeightShape.vector(*checkpoint.tensors[name].shape)
+            for name in dense
             if name.endswith(".weight") and len(checkpoint.tensors[name].shape) == 1
         }
         for module, parameters in self.parameters.items():
@@ -85,9 +94,9 @@ class SavedAdapter:
         targeted = {name for name in (*shapes, *vectors) if self.adapter._check_target_module_exists(self.config, name)}
         for module in sorted(targeted - self.parameters.keys()):
             raise FormatError(f"{WEIGHTS_NAME} lacks {module}, which target_modules names; it is incomplete")
+        stored = {self._names.get(name, name): checkpoint.tensors[name].shape for name in dense}
         for name, tensor in self.replaced.items():
-            entry = checkpoint.tensors.get(name)
-            if entry is None or entry.shape != tuple(tensor.shape) or name in checkpoint.compressed_tensors():
+            if stored.get(name) != tuple(tensor.shape):
                 raise UserError(
                     f"the adapter's tensor {name} {tuple(tensor.shape)} has no counterpart in {checkpoint.folder}"
                 )
@@ -113,15 +122,26 @@ class SavedAdapter:
         """sha256 of the parameters' file."""
         return file_digest(self.folder / WEIGHTS_NAME)
 
-    def apply_to(self, module: str, weight: Weight) -> tuple[Weight, Update]:
-        """The weight of ``module`` that the adapter works on (its mask may have moved), and what it does to that."""
+    def _module(self, name: str) -> str:
+        """What the model calls the module whose weight the checkpoint calls ``name``, without ".weight"."""
+        return self._names.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter has parameters for weight ``name``."""
+        return self._module(name) in self.parameters
+
+    def apply_to(self, name: str, weight: Weight) -> tuple[Weight, Update]:
+        """Weight ``name`` that the adapter works on (its mask may have moved), and what it does to that."""
+        module = self._module(name)
         return self.layer_class(module).apply_to(self.config, weight, self._of(module))
 
-    def moves_mask(self, module: str, pattern: str) -> bool:
+    def moves_mask(self, name: str, pattern: str) -> bool:
+        module = self._module(name)
         return module in self.parameters and self.layer_class(module).moves_mask(self.config, pattern)
 
     def dense(self, name: str, stored: Tensor) -> Tensor:
         """The dense tensor ``name`` as merging leaves it, not rounded to the dtype of ``stored`` yet."""
+        name = self._names.get(name, name)
         if name in self.replaced:
             return self.replaced[name].to(stored.dtype)
         module, _, tensor = name.rpartition(".")

@@ -22,6 +22,7 @@ from sparse_rt.conversion import (
     Plan,
     Source,
     Writing,
+    experts,
     make_plan,
     open_source,
     permute,
@@ -33,10 +34,11 @@ from sparse_rt.conversion import (
 from sparse_rt.conversion.detect import AUTO, refuse_unpruned, transposed_note
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.conversion.notes import remove_notes
-from sparse_rt.conversion.plan import checkpoint_key, owl_setting
+from sparse_rt.conversion.plan import owl_setting
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
 from sparse_rt.errors import UserError
+from sparse_rt.families import auto_class
 from sparse_rt.hf.load import load_tokenizer
 from sparse_rt.modelcard import model_card
 from sparse_rt.progress import Progress
@@ -68,7 +70,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     progress.stage("reading headers")
     source = open_source(options.model, options.revision)
     refuse_same_folder(source.folder, output)
-    plan = make_plan(options, source, read_structure(source.folder))
+    plan = make_plan(options, source, read_structure(source.folder, source.shapes))
     for note in plan.notes:
         progress.note(note)
     if options.dry_run:
@@ -78,6 +80,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
         refuse_unpruned(source, plan.decisions.values())
     sampled = plan.runs_model and options.dataset == selfgen.SELF
     if sampled:
+        selfgen.check_writes(plan)
         selfgen.check_room(source, device)
     tokens = calibration_tokens(plan, progress) if plan.runs_model and not sampled else None
     refuse_unfinished(output, options)
@@ -133,9 +136,18 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
         facts |= permute.facts_of(writing.facts.known, plan)
     writer.sparse = plan.sparse_config()  # weights may have stayed dense because of what their data showed
     copy_small_files(plan.source.folder, writer.folder)
+    auto = auto_class(plan.structure.model.config).__name__
     about = {"source": source_facts(plan.source), "options": used_options(plan, tokens)}
-    (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse))
-    kept = ("coverage_percent", "skipped", "reconstruction_error", "block_error", "ratios", "permuted")
+    (writer.folder / "README.md").write_text(model_card(about | facts, plan.source.folder, writer.sparse, auto))
+    kept = (
+        "coverage_percent",
+        "skipped",
+        "reconstruction_error",
+        "block_error",
+        "ratios",
+        "permuted",
+        "unseen_experts",
+    )
     progress.stage("writing index and manifest")
     writer.finish(about | {key: facts[key] for key in kept if key in facts})
     writing.facts.remove()
@@ -182,6 +194,10 @@ def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWrite
                 f"{len(left)} of {len(blocks)} blocks stayed as pruned, {left[0]} for one: training came no closer to "
                 "the dense output; try another --reconstruct-learning-rate or more steps"
             )
+    unseen = experts.unseen(facts)
+    if unseen:
+        result["unseen_experts"] = unseen
+        plan.notes.append(experts.note(unseen, plan.options.method))
     return {**result, "notes": plan.notes}
 
 
@@ -241,8 +257,8 @@ def estimated_memory(plan: Plan) -> dict[str, int]:
 
 def window_length(plan: Plan) -> int:
     """Tokens of a calibration sequence: ``max_seq_len``, or the positions of the model when it has fewer."""
-    limit = getattr(plan.structure.model.config, "max_position_embeddings", None)
-    return min(plan.options.max_seq_len, limit) if isinstance(limit, int) else plan.options.max_seq_len
+    limit = plan.structure.max_positions
+    return plan.options.max_seq_len if limit is None else min(plan.options.max_seq_len, limit)
 
 
 def calibration_tokens(plan: Plan, progress: Progress) -> Tensor:
@@ -295,7 +311,7 @@ def _who(plan: Plan) -> str:
 
 def parameter_loader(plan: Plan) -> Callable[[str], Tensor]:
     """Name of a parameter of the model -> its checkpoint tensor."""
-    return lambda parameter: plan.source.load(checkpoint_key(parameter, plan.structure, plan.source, plan.pruner))
+    return lambda parameter: plan.structure.load(parameter, plan.source.load)
 
 
 def stored_config(plan: Plan) -> dict[str, Any]:

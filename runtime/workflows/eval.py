@@ -13,7 +13,7 @@ from sparse_rt.config import EvalOptions
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
 from sparse_rt.errors import UserError
-from sparse_rt.hf.load import load, load_tokenizer
+from sparse_rt.hf.load import load_generator, load_tokenizer
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
 
@@ -28,7 +28,7 @@ def eval(options: EvalOptions, progress: Progress | None = None) -> dict[str, An
     """
     progress = progress or Progress()
     start = time.perf_counter()
-    model = load(options.model, revision=options.revision).to(pick_device(options.device))
+    model = load_generator(options.model, revision=options.revision).to(pick_device(options.device))
     tokenizer = load_tokenizer(options.model, options.revision)
     if options.tasks:
         result = run_tasks(model, tokenizer, options, progress)

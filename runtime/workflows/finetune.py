@@ -68,7 +68,7 @@ def _run(
     from transformers import set_seed
 
     from sparse_rt.adapters.registry import get_adapter
-    from sparse_rt.hf.load import load
+    from sparse_rt.hf.load import load_generator
     from sparse_rt.training import checkpoints, digest, run
     from sparse_rt.training.dataset import refuse_leaking, training_data
     from sparse_rt.training.distillation import described, recipe_of
@@ -94,7 +94,7 @@ def _run(
         progress.note(f"resuming from {resumed.name}" if resumed else "nothing to resume: starting from the beginning")
     progress.stage("loading the model")
     set_seed(options.seed)
-    base = load(checkpoint.folder)
+    base = load_generator(checkpoint.folder)
     model = run.attach(base, config, _base_name(options), options.revision, digests["base"], previous)
     if options.packing:
         refuse_leaking(model)

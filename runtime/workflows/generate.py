@@ -10,7 +10,7 @@ import torch
 from sparse_rt.config import GenerateOptions
 from sparse_rt.device import pick_device
 from sparse_rt.errors import UserError
-from sparse_rt.hf.load import load, load_tokenizer
+from sparse_rt.hf.load import load_generator, load_tokenizer
 from sparse_rt.progress import Progress
 
 
@@ -35,7 +35,7 @@ def generate(options: GenerateOptions, progress: Progress | None = None) -> dict
 
 def _transformers(prompt: list[int], options: GenerateOptions) -> tuple[list[int], float, str]:
     """New tokens, seconds, and what ran."""
-    model = load(options.model, revision=options.revision).to(pick_device(options.device))
+    model = load_generator(options.model, revision=options.revision).to(pick_device(options.device))
     ids = torch.tensor([prompt], device=model.device)
     start = time.perf_counter()
     with torch.no_grad():

@@ -92,7 +92,7 @@ def _skipped(checkpoint: Checkpoint, manifest: dict[str, Any]) -> tuple[list[dic
     reasons = {entry["name"]: entry["reason"] for entry in manifest.get("skipped", [])}
     notes = []
     try:
-        structure = read_structure(checkpoint.folder)
+        structure = read_structure(checkpoint.folder, checkpoint.dense_shapes())
         linear = {
             key for key in checkpoint.dense_tensors() if structure.kind(key, _dim(checkpoint, key)) != kinds.OTHER
         }
@@ -116,7 +116,7 @@ def _dim(checkpoint: Checkpoint, key: str) -> int:
 
 def inspect_dense(source: Source, progress: Progress) -> dict[str, Any]:
     """Sparsity and obeyed patterns of every linear weight, and the options of ``convert`` that fit them."""
-    structure = read_structure(source.folder)
+    structure = read_structure(source.folder, source.shapes)
     keys = [
         key
         for key, tensor in source.tensors.items()

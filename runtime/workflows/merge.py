@@ -123,7 +123,7 @@ def _write(options: MergeOptions, checkpoint: Checkpoint, adapter, partial: Path
     write_merged_card(partial, options.output_dir.name, checkpoint, about, adapter, moved)
     writer.finish(about)
     return {
-        "merged_weights": len(adapter.parameters.keys() & checkpoint.weights.keys()),
+        "merged_weights": sum(map(adapter.changes, checkpoint.weights)),
         "weights": len(checkpoint.weights),
         "changed_values_percent": round(100 * changed / max(total, 1), 3),
         "bytes": writer.total_bytes,
@@ -143,7 +143,7 @@ def _merged(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype | Non
     base = weight = compressed_weight(checkpoint, name)
     target = dtype or weight.values.dtype
     updates = []
-    if name in adapter.parameters:
+    if adapter.changes(name):
         weight, update = adapter.apply_to(name, weight)
         updates = [update]
     plain = weight.values.to(target)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_rt.checkpoint import MANIFEST_NAME, Checkpoint, file_digest, read_json, resolve_model, tensor_digest
 from sparse_rt.config import VerifyOptions
 from sparse_rt.conversion.compare import SparseSide, compare, open_side
-from sparse_rt.conversion.structure import Structure, read_structure
+from sparse_rt.conversion.structure import read_structure
 from sparse_rt.errors import CheckFailed, FormatError, UserError
 from sparse_rt.formats import check_finite, get_format, int8, wrapper
 from sparse_rt.progress import Progress
@@ -72,28 +72,18 @@ def check_weight_files(checkpoint: Checkpoint) -> None:
 def check_model(checkpoint: Checkpoint) -> list[str]:
     """Names and shapes against the model that config.json describes; returns notes."""
     try:
-        structure = read_structure(checkpoint.folder)
+        structure = read_structure(checkpoint.folder, checkpoint.dense_shapes())
     except UserError as error:
         return [f"tensors were not compared with the model: {error}"]
-    keys = set(checkpoint.dense_tensors()) | {f"{name}.weight" for name in checkpoint.weights}
-    found = {structure.key_of(name, keys) for name in structure.parameters}
+    shapes = checkpoint.dense_shapes()
     for name, parameter in structure.parameters.items():
-        key = structure.key_of(name, keys)
-        if key is None:
-            if parameter.dim() > 2 or _is_fused(structure, keys):
-                continue  # transformers puts these together from several tensors
+        if not structure.has(name):
             raise FormatError(f"tensor {name} is missing: the model of config.json needs it; convert or copy again")
-        weight = checkpoint.weights.get(key.removesuffix(".weight"))
-        shape = (weight.m, weight.n) if weight and key not in checkpoint.tensors else checkpoint.tensors[key].shape
-        if shape != tuple(parameter.shape):
-            raise FormatError(f"tensor {key} has shape {shape}, config.json announces {tuple(parameter.shape)}")
-    unknown = len(keys - found)
+        key = structure.key_of(name)  # None: put together from several
+        if key is not None and shapes[key] != tuple(parameter.shape):
+            raise FormatError(f"tensor {key} has shape {shapes[key]}, config.json announces {tuple(parameter.shape)}")
+    unknown = sum(structure.target(key) not in structure.names.known for key in shapes)
     return [f"{unknown} tensors belong to no parameter of the model"] if unknown else []
-
-
-def _is_fused(structure: Structure, keys: set[str]) -> bool:
-    """Whether the checkpoint holds expert tensors under names that transformers converts while loading."""
-    return any(structure.parameter_of(key) is None and ".experts." in key for key in keys)
 
 
 def check_manifest(checkpoint: Checkpoint, manifest: dict[str, Any]) -> None:

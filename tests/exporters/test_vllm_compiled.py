@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import helpers
-from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
+from sparse_rt.hf.load import load
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -21,5 +21,5 @@ def test_the_compiled_model_says_the_same_as_transformers(tmp_path, family, patt
     dense = helpers.tiny_model(tmp_path / "dense", family, dtype=torch.float32, **sizes)
     folder = helpers.compress_folder(dense, tmp_path / "sparse", pattern, 0.6)
     served = generate_tokens(folder, PROMPTS, MAX_TOKENS, enforce_eager=False, options={"dtype": "float32"})
-    report = compare(greedy(reference_model(folder), PROMPTS, MAX_TOKENS), served["tokens"], torch.float32)
+    report = compare(greedy(load(folder), PROMPTS, MAX_TOKENS), served["tokens"], torch.float32)
     assert report["compared"] == report["equal"] == len(PROMPTS) * MAX_TOKENS, report

@@ -10,9 +10,9 @@ import torch
 
 import helpers
 from sparse_rt.errors import UserError
-from sparse_rt.exporters.folder import reference_model
 from sparse_rt.exporters.vllm.agreement import compare, greedy
 from sparse_rt.exporters.vllm.engine import generate_tokens
+from sparse_rt.hf.load import load
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.slow
@@ -46,7 +46,7 @@ def folders(tmp_path_factory):
 def assert_same_tokens(folders, name, eager=True, env=None, **options):
     options = {"dtype": "float32", **options}
     served = generate_tokens(folders[name], PROMPTS, MAX_TOKENS, eager, RANKS | (env or {}), options)
-    reference = greedy(reference_model(folders[name]), PROMPTS, MAX_TOKENS)
+    reference = greedy(load(folders[name]), PROMPTS, MAX_TOKENS)
     report = compare(reference, served["tokens"], torch.float32)
     assert report["compared"] == report["equal"] == len(PROMPTS) * MAX_TOKENS, report
 

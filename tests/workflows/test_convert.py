@@ -9,7 +9,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModel, AutoModelForCausalLM, LlamaConfig
 
 import helpers
 from sparse_rt import assets
@@ -17,7 +17,6 @@ from sparse_rt.checkpoint import Checkpoint, partial_path
 from sparse_rt.config import ConvertOptions
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.pruning import ActivationStats, find_blocks, get_pruner
@@ -162,46 +161,6 @@ def test_what_stays_dense_and_why(families, tmp_path):
     assert json.loads((tmp_path / "tied" / "config.json").read_text())["quantization_config"]["ignore"] == ["lm_head"]
     calibrated = run(families["llama"], tmp_path / "head", ignore=[], method="wanda")
     assert "outside of the decoder blocks" in calibrated["skipped"][0]["reason"]
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    config = MixtralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, num_local_experts=3,
-    )  # fmt: skip
-    folder = tmp_path_factory.mktemp("moe")
-    AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
-def test_experts_are_compressed_on_demand(mixture, tmp_path):
-    result = run(mixture, tmp_path / "out", experts=True, sparsity=0.75, pattern="unstructured")
-    assert {entry["name"] for entry in result["skipped"]} == {"lm_head", "model.layers.0.block_sparse_moe.gate"}
-    checkpoint = Checkpoint.open(tmp_path / "out")
-    experts = {name: entry for name, entry in checkpoint.weights.items() if ".experts." in name}
-    assert len(experts) == 9 and all(entry.sparsity == 0.75 for entry in experts.values())
-    assert not any("experts" in name for name in checkpoint.quantization.ignore)
-    with pytest.raises(FormatError, match="experts.0.w1 is compressed, .* with vLLM, or .* --to dense"):
-        load(tmp_path / "out")
-    (tmp_path / "dense").mkdir()
-    DenseExporter().export(tmp_path / "out", tmp_path / "dense")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
-    zeros = [float((p == 0).float().mean()) for name, p in model.named_parameters() if "experts" in name]
-    assert zeros == [0.75, 0.75]  # the gates and projections of all experts, and the ways back
-    with pytest.raises(UserError, match="mixtures of experts"):
-        run(mixture, tmp_path / "calibrated", method="wanda", experts=True)
-
-
-def test_experts_are_reported_not_hidden(mixture, tmp_path):
-    result = run(mixture, tmp_path / "out")
-    experts = [entry for entry in result["skipped"] if ".experts." in entry["name"]]
-    assert len(experts) == 9 and "mixture-of-experts" in experts[0]["reason"]
-    attention, total = 2 * (2 * 32 * 32 + 2 * 16 * 32), 2 * (64 * 32 + 3 * 32 + 9 * 32 * 48)
-    assert result["coverage_percent"] == round(100 * attention / (attention + total), 2)
-    assert torch.isfinite(load(tmp_path / "out")(torch.ones(1, 4, dtype=torch.long)).logits).all()
-    with pytest.raises(UserError, match="has no tensor for model.layers.0.mlp.gate.weight .*mixtures of experts"):
-        run(mixture, tmp_path / "calibrated", method="wanda")
 
 
 def test_a_checkpoint_without_the_head_and_in_shards(families, tmp_path):

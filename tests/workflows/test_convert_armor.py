@@ -194,7 +194,6 @@ def test_adapters_are_refused_before_any_work(converted, tmp_path):
     [
         (dict(pattern="unstructured"), "--method armor cannot prune to unstructured: it tries every choice"),
         (dict(overrides={"down_proj": "16:32"}), "--method armor cannot prune to 16:32"),
-        (dict(experts=True), "--experts compresses mixtures for vLLM, which does not serve the wrapped weights"),
         (dict(method="wanda"), "--wrapper-block is for --method armor, not for wanda"),
         (dict(transposable=True), "--method armor chooses single positions within their row"),
         (dict(method="armor+dsnot"), "which no repair knows; use armor alone"),

@@ -1,0 +1,7 @@
+"""What transformers knows of a model family, asked from transformers: its class, its names in files, its experts."""
+
+from sparse_rt.families.build import auto_class, empty_model
+from sparse_rt.families.experts import SplitExperts, loaded_names, split_experts
+from sparse_rt.families.names import CheckpointNames
+
+__all__ = ["CheckpointNames", "SplitExperts", "auto_class", "empty_model", "loaded_names", "split_experts"]

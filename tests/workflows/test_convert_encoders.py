@@ -1,0 +1,142 @@
+"""Encoders: built as the class their config names, calibrated block by block, their heads and poolers left dense."""
+
+import shutil
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import helpers
+from sparse_rt import assets
+from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
+from sparse_rt.config import ConvertOptions, EvalOptions, GenerateOptions
+from sparse_rt.data import read_texts, token_windows
+from sparse_rt.errors import UserError
+from sparse_rt.exporters.dense import DenseExporter
+from sparse_rt.formats import get_format
+from sparse_rt.hf.load import load, load_tokenizer
+from sparse_rt.pruning import ActivationStats, get_pruner
+from sparse_rt.workflows.convert import convert
+from sparse_rt.workflows.eval import eval as evaluate
+from sparse_rt.workflows.generate import generate
+
+SAMPLES, LENGTH = 3, 32
+HEAD = "outside of the"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(assets.calibration_text().read_text()[:4000])
+    return str(path)
+
+
+def run(model, output, text, **options):
+    options = {"num_samples": SAMPLES, "max_seq_len": LENGTH, "dataset": text, **options}
+    return convert(ConvertOptions.build(model=str(model), output_dir=output, **options))
+
+
+@torch.no_grad()
+def prune_whole_model(folder, auto, method, text):
+    """Transformers' model pruned in place, run as a whole for every block."""
+    model = getattr(transformers, auto).from_pretrained(folder).eval()
+    fmt, pruner = get_format("2:4"), get_pruner(method)
+    tokens = token_windows(read_texts(text), load_tokenizer(folder), LENGTH, SAMPLES, 0)
+    for block in model.base_model.encoder.layer:
+        linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
+        stats = [ActivationStats(linear.in_features, gram=True) for linear in linears]
+        hooks = [
+            linear.register_forward_pre_hook(lambda module, args, seen=seen: seen.add(args[0]))
+            for linear, seen in zip(linears, stats, strict=True)
+        ]
+        for sequence in tokens:
+            model(sequence[None])
+        for hook in hooks:
+            hook.remove()
+        for linear, seen in zip(linears, stats, strict=True):
+            new, mask = pruner.prune(linear.weight, seen, fmt, None)
+            linear.weight.copy_(torch.where(mask, new, 0.0))
+    return model
+
+
+CASES = [
+    ("bert", "AutoModelForMaskedLM", "wanda", {"cls.predictions.transform.dense": HEAD}),
+    ("bert", "AutoModel", "sparsegpt", {"pooler.dense": HEAD}),
+    ("bert", "AutoModelForSequenceClassification", "wanda", {"bert.pooler.dense": HEAD, "classifier": HEAD}),
+    ("roberta", "AutoModelForMaskedLM", "wanda", {"lm_head.dense": HEAD}),
+]
+
+
+@pytest.mark.parametrize("family,auto,method,dense", CASES)
+def test_calibrated_as_the_model_pruned_as_a_whole(family, auto, method, dense, text, tmp_path):
+    source = helpers.tiny_model(tmp_path / "source", family, dtype=torch.float32, auto=auto)
+    result = run(source, tmp_path / "out", text, method=method)
+    expected, model = prune_whole_model(source, auto, method, text), load(tmp_path / "out")
+    assert type(model) is type(expected) and len(Checkpoint.open(tmp_path / "out").weights) == 12
+    for name, linear in expected.base_model.encoder.named_modules():
+        if isinstance(linear, nn.Linear):
+            found = model.base_model.encoder.get_submodule(name).decompress()
+            assert torch.equal(found, linear.weight), name
+    ids, mask = torch.arange(2, 26).view(2, 12) * 31, torch.ones(2, 12, dtype=torch.long)
+    mask[1, 7:] = 0
+    with torch.no_grad():
+        assert torch.allclose(model(ids, mask)[0], expected(ids, mask)[0], atol=1e-4)
+    reasons = {entry["name"]: entry["reason"] for entry in result["skipped"]}
+    assert reasons.keys() == dense.keys() and all(why in reasons[name] for name, why in dense.items())
+    assert f"import {auto}," in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_heads_are_compressed_where_the_user_says_what_stays_dense(tmp_path, text):
+    auto = "AutoModelForSequenceClassification"
+    source = helpers.tiny_model(tmp_path / "source", "bert", auto=auto)
+    result = run(source, tmp_path / "out", text, ignore=["classifier"])
+    assert [entry["name"] for entry in result["skipped"]] == ["classifier"]
+    assert load(tmp_path / "out").bert.pooler.dense.pattern == "2:4"
+    (tmp_path / "dense").mkdir()
+    DenseExporter().export(tmp_path / "out", tmp_path / "dense")
+    figures = DenseExporter().check(tmp_path / "out", tmp_path / "dense")  # logits of a process without sparse_rt
+    assert figures["weights_equal"] == 13
+
+
+def test_a_head_that_the_checkpoint_has_and_the_class_has_not(tmp_path, text):
+    """Published encoders often hold the pooler and both heads of their pretraining."""
+    source = helpers.tiny_model(tmp_path / "source", "bert", auto="AutoModelForMaskedLM")
+    whole = helpers.tiny_model(tmp_path / "whole", "bert", auto="AutoModelForPreTraining")
+    (whole / "config.json").write_text((source / "config.json").read_text())
+    result = run(whole, tmp_path / "out", text)
+    reasons = {entry["name"]: entry["reason"] for entry in result["skipped"]}
+    assert "the model has no parameter of this name" in reasons["bert.pooler.dense"]
+    assert "bert.pooler.dense.weight" in Checkpoint.open(tmp_path / "out").tensors
+    assert type(load(tmp_path / "out")).__name__ == "BertForMaskedLM"
+    whole_again = transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "out")
+    stored = SourceCheckpoint.open(whole).load("bert.pooler.dense.weight")
+    assert torch.equal(whole_again.bert.pooler.dense.weight, stored)
+
+
+def test_sequences_are_no_longer_than_the_positions_of_the_model(tmp_path, text):
+    """RoBERTa's table of 258 positions begins with two that no token has."""
+    source = helpers.tiny_model(tmp_path / "source", "roberta", auto="AutoModelForMaskedLM", pad_token_id=1)
+    result = run(source, tmp_path / "out", text, method="wanda", num_samples=1, max_seq_len=2048)
+    assert any("calibration sequences have 256 tokens" in note for note in result["notes"])
+
+
+def test_what_encoders_cannot_do_is_said(tmp_path, text):
+    source = helpers.tiny_model(tmp_path / "source", "bert", auto="AutoModelForMaskedLM")
+    run(source, tmp_path / "out", text)
+    with pytest.raises(UserError, match="is a BertForMaskedLM, which predicts no next token"):
+        evaluate(EvalOptions.build(model=str(tmp_path / "out")))
+    with pytest.raises(UserError, match="is a BertForMaskedLM, which predicts no next token"):
+        generate(GenerateOptions.build(model=str(tmp_path / "out"), prompt="a"))
+    with pytest.raises(UserError, match="a BertForMaskedLM predicts no next token; give a text with --dataset FILE"):
+        run(source, tmp_path / "self", "self", method="wanda")
+    sizes = dict(embedding_size=32, num_hidden_layers=2, vocab_size=4096, hidden_size=64, intermediate_size=160)
+    config = transformers.AlbertConfig(**sizes, num_attention_heads=4, max_position_embeddings=64)
+    shared = transformers.AlbertForMaskedLM(config)
+    shared.save_pretrained(tmp_path / "shared")
+    for file in source.glob("token*"):
+        shutil.copy(file, tmp_path / "shared")
+    with pytest.raises(UserError, match="AlbertForMaskedLM runs 2 layers on 1 block"):
+        run(tmp_path / "shared", tmp_path / "wanda", text, method="wanda")
+    run(tmp_path / "shared", tmp_path / "magnitude", text)
+    assert torch.isfinite(load(tmp_path / "magnitude")(torch.ones(1, 8, dtype=torch.long)).logits).all()
