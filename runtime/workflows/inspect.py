@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from sparse_rt.checkpoint import MANIFEST_NAME, Checkpoint, is_sparse_checkpoint
 from sparse_rt.config import InspectOptions
 from sparse_rt.conversion import Source, open_source, read_structure
 from sparse_rt.conversion import structure as kinds
-from sparse_rt.conversion.detect import GROUPS, MAX_DENSITY
+from sparse_rt.conversion.detect import GROUPS, detect, kept_positions
 from sparse_rt.errors import UserError
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
@@ -125,7 +126,7 @@ def inspect_dense(source: Source, progress: Progress) -> dict[str, Any]:
     weights = []
     for key in progress.track(keys, "counting zeros", total=len(keys)):
         tensor = source.tensors[key]
-        kept = source.load(key) != 0
+        kept = kept_positions(source, key)
         weights.append(
             {
                 "name": key.removesuffix(".weight"),
@@ -134,6 +135,7 @@ def inspect_dense(source: Source, progress: Progress) -> dict[str, Any]:
                 "dense_bytes": tensor.numel * tensor.dtype.itemsize,
                 "sparsity": round(1 - int(kept.sum()) / kept.numel(), 6),
                 "obeys": obeyed_patterns(kept),
+                "detected": detect(kept).pattern,
             }
         )
     elements = sum(torch.Size(w["shape"]).numel() for w in weights)
@@ -166,15 +168,13 @@ def obeyed_patterns(kept: Tensor) -> list[str]:
 
 def suggestion(weights: list[dict[str, Any]]) -> str:
     """How to convert a model with these weights; the head is left dense anyway."""
-    weights = [w for w in weights if w["name"] != "lm_head"]
-    pruned = [w for w in weights if w["sparsity"] > 1 - MAX_DENSITY]
-    if not pruned:
+    found = Counter(w["detected"] for w in weights if w["name"] != "lm_head")
+    if not any(found):
         return "the weights are dense: choose a method, for example convert --method wanda --pattern 2:4"
-    shared = [pattern for pattern in pruned[0]["obeys"] if all(pattern in w["obeys"] for w in pruned)]
-    dense = "" if len(pruned) == len(weights) else " with --ignore for the dense ones (see their sparsity)"
-    if shared:
-        return f"the weights are pruned: convert --method none --pattern {shared[0]}{dense}"
-    return "the weights are pruned: convert --method none --pattern unstructured"
+    if len(found) == 1:
+        return f"the weights are pruned: convert --method none --pattern {next(iter(found))}"
+    counted = ", ".join(f"{count} {pattern or 'dense'}" for pattern, count in found.most_common())
+    return f"the weights are pruned: convert --method none, which finds {counted}"
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -21,6 +21,7 @@ from sparse_rt.workflows.export import export
 from sparse_rt.workflows.inspect import inspect
 
 NAME = "model.layers.0.mlp.up_proj.weight"
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of SparseSemiStructuredTensor")
 
 
 def run(model, output, **options):

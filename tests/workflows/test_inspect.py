@@ -60,9 +60,15 @@ def test_a_dense_folder_is_told_how_to_convert(dense_llama, tmp_path):
         "dense_bytes": 2 * 160 * 64,
         "sparsity": 0.5,
         "obeys": ["2:4", "4:8", "8:16", "16:32"],
+        "detected": "2:4",
     }
     assert weights["lm_head"]["sparsity"] == 0
-    assert result["suggestion"].startswith("the weights are pruned: convert --method none --pattern 2:4")
+    assert result["suggestion"] == "the weights are pruned: convert --method none --pattern 2:4"
+    for name, change in (("self_attn.k_proj", 0.5), ("mlp.up_proj", 0)):
+        tensors[f"model.layers.0.{name}.weight"][:, ::2] = change
+    save_file(tensors, pruned / "model.safetensors", metadata={"format": "pt"})
+    result = inspect(InspectOptions(model=str(pruned)))
+    assert result["suggestion"].endswith("convert --method none, which finds 13 2:4, 1 unstructured")
 
 
 def test_obeyed_patterns():
