@@ -69,13 +69,20 @@ class PickledCheckpoint:
         self.files = pickled_files(folder)
         self.tensors: dict[str, PickledTensor] = {}
         self._open: tuple[Path, dict[str, Tensor]] | None = None
+        tied = self.config.get("tie_word_embeddings") is True
         for file in self.files:
+            seen: set[tuple[int, torch.Size]] = set()
             for name, tensor in self._state(file).items():
                 if name in self.tensors:
                     raise FormatError(f"tensor {name} is in {self.tensors[name].file.name} and in {file.name}")
                 special = semi_structured.is_semi_structured(tensor)
                 if special:
                     semi_structured.check(name, tensor)
+                elif tied and tensor.numel():  # pickles name a tied head beside the embedding whose storage it shares
+                    place = tensor.data_ptr(), tensor.shape
+                    if place in seen:
+                        continue
+                    seen.add(place)
                 self.tensors[name] = PickledTensor(file, tensor.dtype, tuple(tensor.shape), special)
 
     def _state(self, file: Path) -> dict[str, Tensor]:

@@ -121,6 +121,18 @@ def test_a_state_dict_of_a_module_saved_on_a_gpu(dense_llama, tmp_path):
     assert_dense_again(tmp_path / "out", tmp_path / "dense", tensors)
 
 
+def test_a_tied_head_is_stored_once(tmp_path):
+    dense = helpers.tiny_model(tmp_path / "dense", "qwen2")
+    tensors = pruned(dense, "2:4")
+    tied = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"]}
+    run(save(dense, tmp_path / "model", tied), tmp_path / "out")
+    assert_dense_again(tmp_path / "out", tmp_path / "again", tensors)
+    config = json.loads((tmp_path / "model" / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    run(tmp_path / "model", tmp_path / "untied")
+    assert_dense_again(tmp_path / "untied", tmp_path / "dense-untied", tied)
+
+
 class Command:
     def __init__(self, command):
         self.command = command
