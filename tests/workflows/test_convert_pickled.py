@@ -31,7 +31,7 @@ def run(model, output, **options):
 def pruned(folder, pattern):
     tensors = load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
-        if "_proj" in name:
+        if name.endswith("_proj.weight"):
             tensors[name] = torch.where(get_format(pattern).mask_from_scores(tensor.float().abs(), 0.6), tensor, 0)
     return tensors
 
