@@ -8,7 +8,7 @@ writes the same without finding them again.
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_rt.conversion.plan import Decision, Plan
+from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
 from sparse_rt.pruning import ActivationStats, BlockRunner
 from sparse_rt.pruning.permutation import Channels, find_channels, ordinary_linears
@@ -33,8 +34,13 @@ Moves = dict[str, tuple[Tensor | None, Tensor | None]]  # linear or checkpoint k
 class Permuting:
     """The permutation of every block, found once and remembered in the facts of the conversion."""
 
-    def __init__(self, plan: Plan, facts):
+    def __init__(self, plan: Plan, facts, done: Collection[str]):
+        """``done`` names what an earlier run wrote; ``UserError`` where the orders it wrote them in are lost."""
         self.plan, self.facts = plan, facts
+        for index, keys in enumerate(plan.blocks):
+            written = any((d := plan.decisions.get(key)) and d.pattern and d.name in done for key in keys)
+            if written and self._fact(index) not in facts.known:
+                raise UserError("cannot resume: the notes of the unfinished conversion are damaged; start over")
         self._block_of = {key: index for index, keys in enumerate(plan.blocks) for key in keys}
         self._current: tuple[int, Moves] | None = None
         self._calls: BlockRunner | None = None

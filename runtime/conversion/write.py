@@ -66,7 +66,7 @@ class Writing:
         self.plan, self.writer, self.device = plan, writer, device
         self.done = writer.done
         self.facts = Facts(writer.folder, resume)
-        self.permuting = Permuting(plan, self.facts) if plan.options.permute else None
+        self.permuting = Permuting(plan, self.facts, self.done) if plan.options.permute else None
         if any(d.pattern and d.name in self.done and d.name not in self.facts.known for d in plan.decisions.values()):
             raise UserError("cannot resume: the notes of the unfinished conversion are damaged; start over")
         for name, fact in self.facts.known.items():

@@ -172,3 +172,17 @@ def test_resume_refuses_a_source_whose_data_changed(setting, tmp_path):
     os.utime(setting / "model" / "model.safetensors")
     with pytest.raises(UserError, match="cannot resume"):
         convert(options(setting, output, "magnitude", resume=True))
+
+
+def test_resume_refuses_when_the_orders_of_a_permuted_block_are_lost(setting, tmp_path):
+    output = tmp_path / "out"
+    chosen = dict(reconstruct=0)
+    with pytest.raises(KeyboardInterrupt):
+        convert(options(setting, output, "permute", **chosen), Interrupt(KeyboardInterrupt(), after=3))
+    facts = partial_path(output) / ".facts.jsonl"
+    lines = facts.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if "permutation of model.layers.0" not in line]
+    assert len(kept) == len(lines) - 1
+    facts.write_text("".join(kept))
+    with pytest.raises(UserError, match="cannot resume: the notes of the unfinished conversion are damaged"):
+        convert(options(setting, output, "permute", resume=True, **chosen))
