@@ -13,7 +13,9 @@ Row by row a removed weight comes back and a kept one goes, at most ``CYCLES`` t
 - a swap that would turn the sign of e_i, or not bring it nearer to zero, ends the row.
 
 A position moves once at most. These are the rules of the published code with its option against turned signs; it
-applies that to N:M always, to unstructured weights never unless asked to, and lets errors of N:M rows grow.
+applies that to N:M always, to unstructured weights never unless asked to, and lets errors of N:M rows grow. (Perplexity
+of the shipped model, 32 calibration sequences: Wanda at 60 % 32.15, then 60.41 by those rules and 32.77 by these;
+magnitude at 60 % 38.22, then 86.76 and 37.93. Its rows are short, so 50 swaps are many.)
 """
 
 from __future__ import annotations
