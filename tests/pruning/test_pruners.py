@@ -1,5 +1,6 @@
 """Every pruner keeps exactly the requested number of weights, ties included, and is the formula it claims to be."""
 
+import itertools
 import json
 import re
 
@@ -169,8 +170,13 @@ def peak_bytes(function, trace):
     return int(held.max())
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
-@pytest.mark.parametrize("name", [*CHOOSING, "wanda+dsnot", "wanda+admm", "wanda+pcg"])
+@pytest.mark.parametrize(
+    "name,pattern",
+    [
+        *itertools.product([*CHOOSING, "wanda+dsnot", "wanda+admm", "wanda+pcg"], ["2:4", "unstructured"]),
+        ("armor", "2:4"),
+    ],
+)
 @pytest.mark.parametrize("m,n", [(96, 256), (512, 192)])
 def test_the_workspace_is_what_pruning_takes(m, n, name, pattern, tmp_path):
     weight, stats, pruner = torch.randn(m, n), stats_of(correlated_inputs(n=n)), get_pruner(name)
