@@ -17,6 +17,10 @@ from sparse_rt.formats.base import (
     register_format,
 )
 
+from sparse_rt.formats.selection import pieces
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
 __all__ = [
     "VALUES_NAME",
     "VALUE_DTYPES",
@@ -39,5 +43,13 @@ def positions(fmt: Format, metadata: Tensor, m: int, n: int) -> tuple[Tensor, Te
 
 
 def normalize_zeros(weight: Tensor) -> Tensor:
-    """-0.0 -> +0.0, everything else bit for bit; done before a mask is chosen (-0.0 once broke 2:4 kernels)."""
+    """-0.0 -> +0.0, everything else bit for bit; done before a mask is chosen (-0.0 once broke 2:4 kernels).
+
+    ``weight`` itself where it holds no -0.0, else a copy.
+    """
+    flat = weight.flatten()
+    bits = flat.view(_INTEGERS[weight.dtype.itemsize])
+    negative = torch.iinfo(bits.dtype).min  # the sign bit alone: -0.0
+    if not any(bool((bits[part] == negative).any()) for part in pieces(len(bits), 1)):
+        return weight
     return torch.where(weight == 0, torch.zeros_like(weight), weight)

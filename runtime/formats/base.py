@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError, UserError
+from sparse_rt.formats.selection import pieces
 from sparse_rt.registry import Registry
 
 VALUE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -122,8 +123,12 @@ class Format(ABC):
     def compress(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weight [m, n], bool mask [m, n]) -> (values, metadata); the mask must be legal for the pattern."""
         m, n = weight.shape
-        values = weight[mask]
-        return values.view(self.values_shape(m, n, values.numel())).contiguous(), self.pack_mask(mask)
+        values, begin = weight.new_empty(int(mask.count_nonzero())), 0
+        for rows in pieces(m, n):
+            piece = weight[rows].masked_select(mask[rows])
+            values[begin : begin + piece.numel()] = piece
+            begin += piece.numel()
+        return values.view(self.values_shape(m, n, values.numel())), self.pack_mask(mask)
 
     def decompress(self, values: Tensor, metadata: Tensor, m: int, n: int) -> Tensor:
         """(values, metadata) -> dense [m, n] in the dtype of the values, zeros elsewhere."""
@@ -198,12 +203,15 @@ class Format(ABC):
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """``FormatError`` with the tensor's name and the first position of a NaN or Inf."""
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-        flat = int((~torch.isfinite(tensor.flatten())).nonzero()[0])
-        position = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), tensor.shape))
-        raise FormatError(
-            f"{name} holds {tensor.flatten()[flat].item()} at position {position}; weights must be finite"
-        )
+    if not tensor.is_floating_point():
+        return
+    flat = tensor.flatten()
+    for part in pieces(len(flat), 1):
+        finite = torch.isfinite(flat[part])
+        if not bool(finite.all()):
+            index = part.start + int((~finite).nonzero()[0])
+            position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
+            raise FormatError(f"{name} holds {flat[index].item()} at position {position}; weights must be finite")
 
 
 def check_sparsity(sparsity: float | None) -> float:
@@ -215,15 +223,3 @@ def check_sparsity(sparsity: float | None) -> float:
 def num_kept(total: int, sparsity: float) -> int:
     """How many of ``total`` weights stay at ``sparsity``, in decimal: 100 * 0.29 is 28.999999999999996 in binary."""
     return total - int(total * Fraction(repr(float(sparsity))))
-
-
-def keep_highest(scores: Tensor, keep: int) -> Tensor:
-    """bool mask over the last dimension with exactly ``keep`` True per row; of equal scores the lower index wins."""
-    size = scores.shape[-1]
-    if keep == 0 or keep == size:
-        return torch.full(scores.shape, keep == size, dtype=torch.bool, device=scores.device)
-    threshold = scores.kthvalue(size - keep + 1, dim=-1, keepdim=True).values
-    mask = scores > threshold
-    missing = keep - mask.sum(-1, keepdim=True, dtype=torch.int32)
-    ties = scores == threshold
-    return mask | (ties & (ties.cumsum(-1, dtype=torch.int32) <= missing))

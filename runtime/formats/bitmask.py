@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.formats.base import Format, check_sparsity, keep_highest, num_kept, register_format
+from sparse_rt.formats.base import Format, check_sparsity, num_kept, register_format
 from sparse_rt.formats.packing import pack_bits, row_counts, unpack_bits
+from sparse_rt.formats.selection import keep_highest
 
 
 class BitmaskFormat(Format):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.formats.base import Format, keep_highest, register_format
+from sparse_rt.formats.base import Format, register_format
 from sparse_rt.formats.bitmask import BitmaskFormat
 from sparse_rt.formats.packing import unpack_bits
+from sparse_rt.formats.selection import keep_highest, pieces
 
 MAX_GROUP = 256
 
@@ -73,12 +74,16 @@ def keep_in_groups(scores: Tensor, kept: int, group: int) -> Tensor:
 def nm_mask_of(weight: Tensor, kept: int, group: int) -> Tensor:
     """Mask of a weight that already obeys N:M; groups with fewer nonzeros keep zeros at the lowest free columns."""
     m, n = weight.shape
-    nonzero = (weight != 0).view(m, n // group, group)
-    counts = nonzero.sum(-1)
-    if bool((counts > kept).any()):
-        row, index = (int(i) for i in (counts > kept).nonzero()[0])
-        raise FormatError(
-            f"row {row}, columns {index * group}..{index * group + group - 1} hold {int(counts[row, index])} nonzeros, "
-            f"the pattern {kept}:{group} allows {kept}; prune the weight first"
-        )
-    return keep_highest(nonzero.to(torch.uint8), kept).view(m, n)
+    mask = torch.empty(m, n, dtype=torch.bool, device=weight.device)
+    for rows in pieces(m, n):
+        nonzero = (weight[rows] != 0).view(-1, n // group, group)
+        wrong = nonzero.sum(-1, dtype=torch.int16) > kept
+        if bool(wrong.any()):
+            row, index = (int(i) for i in wrong.nonzero()[0])
+            raise FormatError(
+                f"row {rows.start + row}, columns {index * group}..{index * group + group - 1} hold "
+                f"{int(nonzero[row, index].sum())} nonzeros, the pattern {kept}:{group} allows {kept}; prune the "
+                "weight first"
+            )
+        mask[rows] = keep_highest(nonzero.view(torch.uint8), kept).view(-1, n)
+    return mask

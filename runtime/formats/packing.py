@@ -11,10 +11,18 @@ import functools
 import torch
 from torch import Tensor
 
+from sparse_rt.formats.selection import pieces
+
+
+# Times this, the eight lowest bits of the bytes of a 64-bit word meet in its highest byte, in order.
+_GATHER = 0x0102040810204080
+
 
 @functools.lru_cache(maxsize=8)
-def _bit_values(device: str) -> Tensor:
-    return torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=device)
+def _spread_table(device: str) -> Tensor:
+    """Byte -> its eight bits as eight bytes, in one 64-bit word."""
+    bits = (torch.arange(256, device=device).unsqueeze(1) >> torch.arange(8, device=device)) & 1
+    return bits.to(torch.uint8).view(torch.int64).squeeze(1)
 
 
 @functools.lru_cache(maxsize=8)
@@ -25,15 +33,17 @@ def _popcount_table(device: str) -> Tensor:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """bool [m, n] -> uint8 [m, ceil(n/8)]."""
-    m, n = mask.shape
-    bits = torch.nn.functional.pad(mask, (0, -n % 8)).view(m, -1, 8)
-    return (bits * _bit_values(str(mask.device))).sum(-1, dtype=torch.uint8)
+    packed = torch.empty(mask.shape[0], (mask.shape[1] + 7) // 8, dtype=torch.uint8, device=mask.device)
+    for rows in pieces(*mask.shape):
+        words = torch.nn.functional.pad(mask[rows], (0, -mask.shape[1] % 8)).flatten().view(torch.int64)
+        packed[rows] = ((words * _GATHER) >> 56).view(packed[rows].shape)
+    return packed
 
 
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """uint8 [m, ceil(n/8)] -> bool [m, n]."""
-    bits = packed.unsqueeze(-1).bitwise_and(_bit_values(str(packed.device))) != 0
-    return bits.flatten(1)[:, :n].contiguous()
+    bits = _spread_table(str(packed.device))[packed.int()].view(torch.bool)
+    return bits if bits.shape[1] == n else bits[:, :n].contiguous()
 
 
 def popcount(packed: Tensor) -> Tensor:

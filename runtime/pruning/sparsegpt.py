@@ -7,7 +7,8 @@ from torch import Tensor
 
 from sparse_rt.errors import SparseRTError
 from sparse_rt.formats import Format
-from sparse_rt.formats.base import check_sparsity, keep_highest, num_kept
+from sparse_rt.formats.base import check_sparsity, num_kept
+from sparse_rt.formats.selection import keep_highest
 from sparse_rt.pruning.base import Pruner, register_pruner
 from sparse_rt.pruning.statistics import ActivationStats
 

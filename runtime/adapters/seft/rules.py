@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.adapters.seft.support import contains, union, without
-from sparse_rt.formats.base import keep_highest
+from sparse_rt.formats.selection import keep_highest
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sparse_rt.adapters.effective import Weight
 from sparse_rt.adapters.seft import support
 from sparse_rt.adapters.seft.rules import highest, lowest
 from sparse_rt.formats import get_format
-from sparse_rt.formats.base import keep_highest
+from sparse_rt.formats.selection import keep_highest
 from sparse_rt.kernels import positions as gradients
 
 # What a checkpoint holds of a window.
