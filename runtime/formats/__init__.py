@@ -16,7 +16,6 @@ from sparse_rt.formats.base import (
     known_patterns,
     register_format,
 )
-
 from sparse_rt.formats.selection import pieces
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -203,15 +203,16 @@ class Format(ABC):
 
 def check_finite(name: str, tensor: Tensor) -> None:
     """``FormatError`` with the tensor's name and the first position of a NaN or Inf."""
-    if not tensor.is_floating_point():
-        return
+    if (
+        not tensor.is_floating_point()
+        or tensor.numel() == 0
+        or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
+    ):
+        return  # minimum and maximum are NaN where an element is
     flat = tensor.flatten()
-    for part in pieces(len(flat), 1):
-        finite = torch.isfinite(flat[part])
-        if not bool(finite.all()):
-            index = part.start + int((~finite).nonzero()[0])
-            position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
-            raise FormatError(f"{name} holds {flat[index].item()} at position {position}; weights must be finite")
+    index = int((~torch.isfinite(flat)).nonzero()[0])
+    position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))
+    raise FormatError(f"{name} holds {flat[index].item()} at position {position}; weights must be finite")
 
 
 def check_sparsity(sparsity: float | None) -> float:

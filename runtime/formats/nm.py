@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats.base import Format, register_format
 from sparse_rt.formats.bitmask import BitmaskFormat
-from sparse_rt.formats.packing import unpack_bits
+from sparse_rt.formats.packing import pack_bits, unpack_bits
 from sparse_rt.formats.selection import keep_highest, pieces
 
 MAX_GROUP = 256
@@ -76,14 +77,33 @@ def nm_mask_of(weight: Tensor, kept: int, group: int) -> Tensor:
     m, n = weight.shape
     mask = torch.empty(m, n, dtype=torch.bool, device=weight.device)
     for rows in pieces(m, n):
-        nonzero = (weight[rows] != 0).view(-1, n // group, group)
-        wrong = nonzero.sum(-1, dtype=torch.int16) > kept
+        nonzero = weight[rows] != 0
+        wrong, filled = _filled(nonzero, kept, group)
         if bool(wrong.any()):
-            row, index = (int(i) for i in wrong.nonzero()[0])
+            counts = nonzero.view(-1, n // group, group).sum(-1)
+            row, index = (int(i) for i in (counts > kept).nonzero()[0])
             raise FormatError(
                 f"row {rows.start + row}, columns {index * group}..{index * group + group - 1} hold "
-                f"{int(nonzero[row, index].sum())} nonzeros, the pattern {kept}:{group} allows {kept}; prune the "
-                "weight first"
+                f"{int(counts[row, index])} nonzeros, the pattern {kept}:{group} allows {kept}; prune the weight first"
             )
-        mask[rows] = keep_highest(nonzero.view(torch.uint8), kept).view(-1, n)
+        mask[rows] = filled
     return mask
+
+
+def _filled(nonzero: Tensor, kept: int, group: int) -> tuple[Tensor, Tensor]:
+    """Where too many are nonzero, and ``nonzero`` [m, n] with the lowest zeros of a group added until ``kept`` are."""
+    m, n = nonzero.shape
+    if 8 % group:
+        groups = nonzero.view(m, n // group, group)
+        return groups.sum(-1) > kept, keep_highest(groups.to(torch.uint8), kept).view(m, n)
+    wrong, filled = _tables(kept, group, str(nonzero.device))
+    packed = pack_bits(nonzero).int()
+    return wrong[packed], unpack_bits(filled[packed], n)
+
+
+@functools.lru_cache(maxsize=32)
+def _tables(kept: int, group: int, device: str) -> tuple[Tensor, Tensor]:
+    """``_filled`` of every byte of packed bits: bool and uint8 [256]."""
+    groups = unpack_bits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 8).view(256, -1, group)
+    wrong = (groups.sum(-1) > kept).any(1)
+    return wrong, pack_bits(keep_highest(groups.to(torch.uint8), kept).view(256, 8)).squeeze(1)

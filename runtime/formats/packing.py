@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparse_rt.formats.selection import pieces
 
-
 # Times this, the eight lowest bits of the bytes of a 64-bit word meet in its highest byte, in order.
 _GATHER = 0x0102040810204080
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 PIECE = 1 << 19
-# Rows up to this size (the groups of N:M) are ranked by comparing all pairs: a selection of each has a price of its own.
+# Rows up to this size (the groups of N:M) are ranked by comparing all pairs: to select in each has a price of its own.
 PAIRED = 16
 
 

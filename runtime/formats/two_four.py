@@ -5,13 +5,15 @@ The nibbles are the metadata of NVIDIA's sparse tensor cores in logical order, b
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from sparse_rt.errors import FormatError
 from sparse_rt.formats.base import Format, register_format
 from sparse_rt.formats.nm import keep_in_groups, nm_mask_of
-from sparse_rt.formats.packing import pack_nibbles, unpack_nibbles
+from sparse_rt.formats.packing import pack_bits, pack_nibbles, unpack_bits, unpack_nibbles
 
 
 @register_format
@@ -36,17 +38,10 @@ class TwoFour(Format):
         return nm_mask_of(weight, 2, 4)
 
     def pack_mask(self, mask: Tensor) -> Tensor:
-        m, n = mask.shape
-        groups = mask.view(m, n // 4, 4).to(torch.uint8)
-        # argmax of 0/1 is the first kept column; reversed, the last.
-        first = groups.argmax(-1).to(torch.uint8)
-        second = (3 - groups.flip(-1).argmax(-1)).to(torch.uint8)
-        return pack_nibbles(first, second)
+        return _nibbles(str(mask.device))[pack_bits(mask).int()]
 
     def unpack_mask(self, metadata: Tensor, m: int, n: int) -> Tensor:
-        first, second = unpack_nibbles(metadata, n // 4)
-        lanes = torch.arange(4, dtype=torch.uint8, device=metadata.device)
-        return ((first.unsqueeze(-1) == lanes) | (second.unsqueeze(-1) == lanes)).view(m, n)
+        return unpack_bits(_bits(str(metadata.device))[metadata.int()], n)
 
     def values_shape(self, m: int, n: int, nnz: int) -> tuple[int, ...]:
         return (m, n // 2)
@@ -69,3 +64,20 @@ class TwoFour(Format):
         if (n // 4) % 2 and bool((metadata[:, -1] >> 4).any()):
             row = int((metadata[:, -1] >> 4).nonzero()[0])
             raise FormatError(f"{name}.weight_meta: padding bits of row {row} are not zero")
+
+
+@functools.lru_cache(maxsize=8)
+def _nibbles(device: str) -> Tensor:
+    """Byte of a bitmask (two groups) -> byte of metadata, uint8 [256]; without a bit, as padding is, it is 0."""
+    numbers = torch.arange(4, dtype=torch.uint8, device=device)
+    groups = unpack_bits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 8).view(256, 2, 4)
+    first, last = torch.where(groups, numbers, 3).amin(-1), torch.where(groups, numbers, 0).amax(-1)
+    return pack_nibbles(torch.where(groups.any(-1), first, 0), last).squeeze(1)
+
+
+@functools.lru_cache(maxsize=8)
+def _bits(device: str) -> Tensor:
+    """Byte of metadata -> byte of a bitmask, uint8 [256]."""
+    lanes = torch.arange(4, dtype=torch.uint8, device=device)
+    first, second = unpack_nibbles(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 2)
+    return pack_bits(((first.unsqueeze(-1) == lanes) | (second.unsqueeze(-1) == lanes)).view(256, 8)).squeeze(1)

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from sparse_rt.errors import UserError
 from sparse_rt.formats import Format
+from sparse_rt.formats.selection import PIECE
 from sparse_rt.formats.wrapper import Wrapper
 from sparse_rt.pruning.statistics import ActivationStats
 from sparse_rt.registry import Registry
 
-# Bytes a weight that choosing a mask takes, and bytes an element of X^T X that its factors take.
-CHOICE_BYTES, FACTOR_BYTES = 24, 16
+# Bytes a weight that moving the kept ones takes, and bytes an element of X^T X that its factors take.
+UPDATE_BYTES, FACTOR_BYTES = 5, 16
 
 _PRUNERS: Registry[type[Pruner]] = Registry(
     "pruner",
@@ -123,10 +124,10 @@ class Pruner(ABC):
     def workspace(self, m: int, n: int) -> int:
         """Bytes that ``prune`` takes at its worst moment for a weight (m, n), besides that weight and the statistics.
 
-        Choosing a mask takes about 24 bytes a weight (scores, selection with its indices, ties, masks); factors of the
-        second moments 16 n^2. Methods that hold something else say so.
+        Choosing a mask, and with second moments their factors and the moved weights; methods that hold something else
+        say so.
         """
-        return CHOICE_BYTES * m * n + (FACTOR_BYTES * n * n if self.needs_gram else 0)
+        return choice_bytes(m, n) + (update_bytes(m, n) if self.needs_gram else 0)
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
@@ -148,7 +149,7 @@ class Repair(ABC):
 
     def workspace(self, m: int, n: int) -> int:
         """Bytes that ``repair`` takes at its worst moment, besides its arguments; as ``Pruner.workspace``."""
-        return CHOICE_BYTES * m * n + (FACTOR_BYTES * n * n if self.needs_gram else 0)
+        return choice_bytes(m, n) + (update_bytes(m, n) if self.needs_gram else 0)
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
@@ -188,6 +189,16 @@ def _calibrated(name: str, stats: ActivationStats | None) -> ActivationStats:
     return stats
 
 
+def choice_bytes(m: int, n: int) -> int:
+    """Bytes that choosing the mask of a weight (m, n) takes: float32 scores, the mask, and the selection in a piece."""
+    return 5 * m * n + 14 * min(m * n, PIECE)
+
+
+def update_bytes(m: int, n: int) -> int:
+    """Bytes that the factors of X^T X (n, n) and a copy of the weight (m, n) with its corrections take."""
+    return UPDATE_BYTES * m * n + FACTOR_BYTES * n * n
+
+
 def unpruned_scores(weight: Tensor) -> Tensor:
     """|W| in float32: what magnitude ranks and what Wanda scales."""
-    return weight.detach().to(torch.float32).abs()
+    return weight.detach().to(torch.float32, copy=True).abs_()

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.formats import Format
-from sparse_rt.formats.base import keep_highest
+from sparse_rt.formats.selection import keep_highest
 from sparse_rt.pruning.base import Repair, register_repair
 from sparse_rt.pruning.statistics import ActivationStats
 
