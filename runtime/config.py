@@ -104,6 +104,10 @@ class ConvertOptions(Options):
     device: str = Field("auto", description="where to prune: auto, cpu, cuda")
     max_shard_size: str = Field("5GB", description="largest weight file")
     revision: str | None = Field(None, description="hub revision of the source")
+    offload_activations: bool = Field(
+        False,
+        description="keep the activations of the calibration sequences in a file beside the output, not in memory",
+    )
     resume: bool = Field(False, description="go on with an interrupted conversion")
     dry_run: bool = Field(False, description="say what would be done, read headers only")
     overwrite: bool = Field(False, description="replace a non-empty output folder")

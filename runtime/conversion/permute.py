@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
-from sparse_rt.pruning import ActivationStats, BlockRunner
+from sparse_rt.pruning import ActivationStats, BlockRunner, SharedStats
 from sparse_rt.pruning.permutation import Channels, find_channels, ordinary_linears
 from sparse_rt.pruning.reconstruct import widened
 from sparse_rt.pruning.ria import ria_scores
@@ -74,7 +74,7 @@ class Permuting:
                     _set(module, part, _arranged(parameter, *moves))
 
     def choose(
-        self, runner: BlockRunner, index: int, decisions: dict[str, Decision], stats: dict[str, ActivationStats]
+        self, runner: BlockRunner, index: int, decisions: dict[str, Decision], stats: SharedStats
     ) -> None:
         """Permute the open, unpruned block and the statistics of its linears (by name inside the block).
 

@@ -33,7 +33,7 @@ def set_ratios(
     _, threshold = owl_setting(plan.options)
     outliers = notes.stored(folder, notes.OUTLIERS, mark)
     if outliers is None:
-        outliers = _count_outliers(plan, load, tokens, device, threshold, progress)
+        outliers = _count_outliers(plan, load, tokens, device, threshold, progress, folder)
         notes.store(folder, notes.OUTLIERS, mark, outliers)
     return apply_outliers(plan, outliers)
 
@@ -102,9 +102,12 @@ def _count_outliers(
     device: torch.device,
     threshold: float,
     progress: Progress,
+    folder: Path,
 ) -> list[float]:
     """D of every block of the unpruned model, all its linear weights that will be pruned pooled."""
-    runner = BlockRunner(plan.structure.model, load, device)
+    runner = BlockRunner(
+        plan.structure.model, load, device, offload=folder if plan.options.offload_activations else None
+    )
     progress.stage(f"embedding {len(tokens)} calibration sequences of {tokens.shape[1]} tokens")
     runner.start(tokens)
     outliers = []

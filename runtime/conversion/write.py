@@ -15,13 +15,14 @@ from torch import Tensor
 from sparse_rt.checkpoint import CheckpointWriter
 from sparse_rt.conversion import experts
 from sparse_rt.conversion.detect import AUTO, MAX_DENSITY, Detected, detect
+from sparse_rt.conversion.memory import release
 from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.formats.wrapper import NAMES, Wrapper
 from sparse_rt.progress import Progress
-from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Pruned, Schedule, reconstruct
+from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Pruned, Schedule, SharedStats, reconstruct
 from sparse_rt.pruning.transposable import TransposableFormat
 
 FACTS_NAME = ".facts.jsonl"  # hidden: the manifest does not list it, it goes when everything else is in place
@@ -92,7 +93,10 @@ class Writing:
         if compressed is None:
             self._copy(key, weight)
         else:
+            self.note(decision, compressed)
             self.store(decision, compressed)
+        del weight, compressed
+        release()
 
     def _detect(self, decision: Decision, weight: Tensor) -> None:
         """Give ``decision`` the pattern that the zeros of ``weight`` obey, or the reason to stay dense."""
@@ -116,27 +120,28 @@ class Writing:
         """Prune ``weight``, in the stored dtype; None when it stays dense."""
         plan, fmt = self.plan, get_format(decision.pattern)
         new, mask, wrapper = self._prune(decision, weight, stats)
-        nnz = int(mask.sum())
+        nnz = int(mask.count_nonzero())
         if plan.options.method == "none" and fmt.default_sparsity is None and nnz > MAX_DENSITY * mask.numel():
             decision.pattern = None
             density = nnz / mask.numel()
             decision.reason = f"density {density:.4f} is above {MAX_DENSITY}: compressing saves next to nothing"
             self.facts.add(decision.name, reason=decision.reason)
             return None
-        stored = cast(decision.key, new, decision.dtype)
         if wrapper is not None:
             wrapper = Wrapper(*(cast(decision.key, matrix, decision.dtype) for matrix in wrapper))
-        compressed = Compressed(decision.pattern, *fmt.compress(stored, mask), wrapper)
-        fact = {"sparsity": round(1 - nnz / mask.numel(), 6)}
+        values, metadata = fmt.compress(new, mask)
+        return Compressed(decision.pattern, cast(decision.key, values, decision.dtype), metadata, wrapper)
+
+    def note(self, decision: Decision, weight: Compressed, error: float | None = None) -> None:
+        """Write down what was found and reached: the share of zeros and, if calibrated, the reconstruction error."""
+        fact = {"sparsity": round(1 - weight.values.numel() / torch.Size(decision.shape).numel(), 6)}
         if decision.detected:
             fact["detected"] = asdict(decision.detected)
-        if stats is not None:
-            after = compressed.dense(*decision.shape)
-            fact["reconstruction_error"] = round(stats.reconstruction_error(weight.to(self.device), after), 6)
-        elif plan.pruner.needs_calibration:
+        if error is not None:
+            fact["reconstruction_error"] = round(error, 6)
+        elif self.plan.pruner.needs_calibration:
             fact["unseen"] = True
         self.facts.add(decision.name, **fact)
-        return compressed
 
     def _prune(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Pruned:
         plan, fmt = self.plan, self.plan.format_of(decision)
@@ -238,42 +243,57 @@ def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
     runner.close(index)
     for key in keys:
         decision = plan.decisions.get(key)
-        if decision and decision.name in compressed and decision.name not in writing.done:
-            writing.store(decision, compressed.pop(decision.name))
-        else:
+        if decision is None or not decision.pattern:
             writing.tensor(key)
+        elif decision.name in compressed and decision.name not in writing.done:
+            writing.store(decision, compressed.pop(decision.name))
+    release()
 
 
 def _prune_open_block(
     writing: Writing, runner: BlockRunner, index: int, decisions: list[Decision]
 ) -> dict[str, Compressed]:
-    """Statistics with the block unpruned, then every linear pruned and put in place: name -> weight."""
-    plan = writing.plan
-    stats = {
-        _inner(plan, runner, index, d): ActivationStats(
-            d.shape[1], runner.device, plan.pruner.needs_gram, len(runner.hidden), plan.pruner.needs_moments
-        )
-        for d in decisions
-    }
-    runner.collect(index, stats)
+    """Statistics with the block unpruned, then every linear pruned and put in place: name -> weight, if not stored."""
+    plan, inner = writing.plan, {d.name: _inner(writing.plan, runner, index, d) for d in decisions}
+    width = {inner[d.name]: d.shape[1] for d in decisions}
+    wanted = plan.pruner.needs_gram, len(runner.hidden), plan.pruner.needs_moments
+    stats = SharedStats(list(width), lambda name: ActivationStats(width[name], runner.device, *wanted))
+    runner.collect(index, stats.observers)
+    stats.finish()
     if writing.permuting is not None:
-        writing.permuting.choose(runner, index, {_inner(plan, runner, index, d): d for d in decisions}, stats)
+        writing.permuting.choose(runner, index, {inner[d.name]: d for d in decisions}, stats)
     compressed = {}
     for decision in decisions:
-        inner = _inner(plan, runner, index, decision)
-        seen = stats.pop(inner)
-        if seen.tokens:
+        seen = stats.pop(inner[decision.name])
+        if seen is not None and seen.tokens:
             seen.check_finite(decision.name)
         elif plan.pruner.needs_calibration and not experts.is_expert(decision.name):
             raise UserError(f"{decision.name} was not used by any calibration sequence; leave it dense with --ignore")
         else:
             seen = None
-        weight = writing.compress(decision, writing.read(decision), seen)
-        compressed[decision.name] = weight.to("cpu")
-        runner.set_weight(index, inner, weight.dense(*decision.shape))
+        weight = _prune_in_place(writing, runner, index, decision, seen)
+        if plan.options.reconstruct:
+            compressed[decision.name] = weight
+        elif decision.name not in writing.done:
+            writing.store(decision, weight)
+        del seen, weight
+        release()
     if plan.options.reconstruct and compressed:
         compressed = _reconstruct(writing, runner, index, decisions, compressed)
     return compressed
+
+
+def _prune_in_place(
+    writing: Writing, runner: BlockRunner, index: int, decision: Decision, seen: ActivationStats | None
+) -> Compressed:
+    """The pruned weight of ``decision``, which the open block has from now on."""
+    before = writing.read(decision)
+    weight = writing.compress(decision, before, seen)
+    after = weight.dense(*decision.shape)
+    error = None if seen is None else seen.reconstruction_error(before.to(after.device), after)
+    writing.note(decision, weight, error)
+    runner.set_weight(index, _inner(writing.plan, runner, index, decision), after)
+    return weight.to("cpu")
 
 
 def _reconstruct(

@@ -12,6 +12,7 @@ from sparse_rt.pruning.base import (
 )
 from sparse_rt.pruning.calibrate import BlockRunner, find_blocks
 from sparse_rt.pruning.reconstruct import Compressed, Schedule, reconstruct
+from sparse_rt.pruning.shared import SharedStats
 from sparse_rt.pruning.statistics import ActivationStats
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Pruner",
     "Repair",
     "Schedule",
+    "SharedStats",
     "find_blocks",
     "get_pruner",
     "known_pruners",

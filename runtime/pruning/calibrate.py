@@ -11,12 +11,15 @@ arguments, so layers of different kinds (sliding and full attention) get the mas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sparse_rt.errors import SparseRTError, UserError
+from sparse_rt.pruning.activations import Activations
+from sparse_rt.pruning.calls import Calls
 
 
 class Observer(Protocol):
@@ -57,7 +60,8 @@ class BlockRunner:
 
     ``load(name)`` returns the checkpoint tensor of parameter ``name``. Order of calls: ``start(tokens)``, then for
     every block ``open``, ``advance_dense`` and ``collect`` (optional), ``set_weight`` (any number), ``advance``,
-    ``close``. Between blocks the activations rest in CPU memory: [1, T, hidden] a sequence.
+    ``close``. Between blocks the activations rest in CPU memory, or in a file in the folder ``offload``:
+    [1, T, hidden] a sequence.
 
     ``hidden`` are those of the model with the new weights. ``follow_dense`` carries those of the unpruned model too,
     in ``dense``; ``advance_dense`` must then be called for every block while it is unpruned.
@@ -69,13 +73,14 @@ class BlockRunner:
         load: Callable[[str], Tensor],
         device: torch.device | str = "cpu",
         follow_dense: bool = False,
+        offload: Path | None = None,
     ):
         self.model, self.load, self.device = model.eval(), load, torch.device(device)
         self.name, self.blocks = find_blocks(model)
-        self.hidden: list[Tensor] = []
-        self.dense: list[Tensor] | None = [] if follow_dense else None
-        self._calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # per sequence, per block: args and kwargs
-        self._pool: list[Tensor] = []  # the tensors among them, equal ones once
+        self.follow_dense, self.offload = follow_dense, offload
+        self.hidden = Activations(0)
+        self.dense: Activations | None = None
+        self._calls = Calls()
         _make_buffers(model, self.device)
 
     def block_name(self, index: int) -> str:
@@ -85,11 +90,12 @@ class BlockRunner:
     def start(self, tokens: Tensor) -> None:
         """Embed ``tokens`` int64 [k, T] and record how every block is called for each of the k sequences."""
         hooks = self._load_on_use()
+        self.hidden = Activations(len(tokens), self.offload)
         try:
-            for sequence in tokens:
-                self._record(sequence.unsqueeze(0).to(self.device))
-            if self.dense is not None:
-                self.dense = list(self.hidden)
+            for number, sequence in enumerate(tokens):
+                self._record(number, sequence.unsqueeze(0).to(self.device))
+            if self.follow_dense:
+                self.dense = self.hidden.copy()
         finally:
             for hook in hooks:
                 hook.remove()
@@ -124,7 +130,7 @@ class BlockRunner:
             for sequence, hidden in enumerate(self.hidden):
                 output = self._run(index, sequence, hidden)
                 if advance:
-                    self.hidden[sequence] = output.cpu()
+                    self.hidden[sequence] = output
         finally:
             for hook in hooks:
                 hook.remove()
@@ -138,13 +144,13 @@ class BlockRunner:
     def advance(self, index: int) -> None:
         """Turn the activations into the outputs of block ``index``."""
         for sequence, hidden in enumerate(self.hidden):
-            self.hidden[sequence] = self._run(index, sequence, hidden).cpu()
+            self.hidden[sequence] = self._run(index, sequence, hidden)
 
     @torch.no_grad()
     def advance_dense(self, index: int) -> None:
         """Turn the activations of the unpruned model into the outputs of block ``index``, which is unpruned still."""
         for sequence, hidden in enumerate(self.dense):
-            self.dense[sequence] = self._run(index, sequence, hidden).cpu()
+            self.dense[sequence] = self._run(index, sequence, hidden)
 
     @torch.no_grad()
     def error(self, index: int) -> float:
@@ -159,7 +165,7 @@ class BlockRunner:
 
     def call(self, index: int, sequence: int) -> tuple[tuple, dict[str, Any]]:
         """What block ``index`` is called with besides the activations: (args, kwargs)."""
-        return self._calls[sequence][index]
+        return self._calls.of(sequence, index)
 
     def close(self, index: int) -> None:
         """Forget the weights of block ``index``."""
@@ -186,21 +192,23 @@ class BlockRunner:
             if not self._is_inside(name)
         ]
 
-    def _record(self, ids: Tensor) -> None:
-        calls: dict[int, tuple[tuple, dict[str, Any]]] = {}
+    def _record(self, sequence: int, ids: Tensor) -> None:
+        reached = 0
 
         def stand_in(index: int):
             def forward(*args, **kwargs):
-                if index != len(calls):
+                nonlocal reached
+                if index != reached:
                     raise UserError(
                         f"{type(self.model).__name__} does not run its {len(self.blocks)} blocks once and in order, so "
                         "it cannot be calibrated block by block; use --method magnitude or none without --reconstruct"
                     )
                 hidden = args[0] if args else kwargs.pop("hidden_states")
                 if index == 0:
-                    self.hidden.append(hidden.cpu())
-                calls[index] = (self._shared(args[1:]), self._shared(kwargs))
-                if len(calls) == len(self.blocks):
+                    self.hidden[sequence] = hidden
+                self._calls.add(args[1:], kwargs)
+                reached += 1
+                if reached == len(self.blocks):
                     raise _AllBlocksReached
                 # Some models take a block's output as it is, some its first element: a tuple suits both, because the
                 # next stand-in only hands it on.
@@ -210,31 +218,17 @@ class BlockRunner:
 
         for index, block in enumerate(self.blocks):
             block.forward = stand_in(index)
+        self._calls.begin()
         try:
             self.model(input_ids=ids, use_cache=False)
         except _AllBlocksReached:
             pass
         finally:
+            self._calls.end()
             for block in self.blocks:
                 del block.forward
-        if len(calls) != len(self.blocks):
-            raise SparseRTError(f"{type(self.model).__name__} ran only {len(calls)} of its {len(self.blocks)} blocks")
-        self._calls.append([calls[index] for index in range(len(self.blocks))])
-
-    def _shared(self, value: Any) -> Any:
-        """``value`` with every tensor replaced by an equal one seen before: masks and rotations repeat."""
-        if isinstance(value, Tensor):
-            for known in self._pool:
-                same = known.shape == value.shape and known.dtype == value.dtype
-                if known is value or (same and torch.equal(known, value)):
-                    return known
-            self._pool.append(value)
-            return value
-        if isinstance(value, tuple | list):
-            return type(value)(self._shared(part) for part in value)
-        if isinstance(value, dict):
-            return {key: self._shared(part) for key, part in value.items()}
-        return value
+        if reached != len(self.blocks):
+            raise SparseRTError(f"{type(self.model).__name__} ran only {reached} of its {len(self.blocks)} blocks")
 
 
 def _fill(module: nn.Module, name: str, load: Callable[[str], Tensor], device: torch.device) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import SparseRTError
+from sparse_rt.formats.selection import pieces
 
 # Inputs kept to measure the reconstruction error: enough for two digits, small beside a block of a large model.
 SAMPLE_ROWS = 512
@@ -87,7 +88,9 @@ class ActivationStats:
 
     def reconstruction_error(self, before: Tensor, after: Tensor) -> float:
         """||X W^T - X W'^T|| / ||X W^T|| (Frobenius norms) over the sampled inputs."""
-        x = torch.cat(self._sample)
-        reference = x @ before.to(x).T
-        difference = reference - x @ after.to(x).T
-        return float(difference.norm() / reference.norm().clamp_min(torch.finfo(torch.float32).tiny))
+        x, difference, total = torch.cat(self._sample), 0.0, 0.0
+        for rows in pieces(*before.shape):
+            reference = x @ before[rows].to(x).T
+            total += float(reference.square().sum(dtype=torch.float64))
+            difference += float(reference.sub_(x @ after[rows].to(x).T).square_().sum(dtype=torch.float64))
+        return (difference / max(total, torch.finfo(torch.float64).tiny)) ** 0.5

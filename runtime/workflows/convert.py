@@ -126,7 +126,8 @@ def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, p
         writer.sparse = plan.sparse_config()
     if tokens is not None:
         follow_dense = plan.options.reconstruct > 0
-        runner = BlockRunner(plan.structure.model, parameter_loader(plan), device, follow_dense)
+        offload = writer.folder if plan.options.offload_activations else None
+        runner = BlockRunner(plan.structure.model, parameter_loader(plan), device, follow_dense, offload)
     writing = Writing(plan, writer, device, plan.options.resume)
     write_weights(writing, runner, tokens, progress)
     facts = report(plan, writing.facts.known, writer)

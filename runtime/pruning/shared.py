@@ -1,0 +1,80 @@
+"""One ``ActivationStats`` for all linears that are called with the same tensor: query, key and value, gate and up."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+from torch import Tensor
+
+from sparse_rt.errors import SparseRTError
+from sparse_rt.pruning.statistics import ActivationStats
+
+
+class _Group:
+    """Linears with one input, in the order in which they were first called, and the input of this moment."""
+
+    def __init__(self, stats: ActivationStats):
+        self.stats, self.names, self.last = stats, [], None
+
+    def add(self, name: str, x: Tensor) -> None:
+        if name == self.names[0]:
+            self.stats.add(x)
+            self.last = x, x._version
+        elif not self.holds(x):
+            raise SparseRTError(
+                f"{name} was called with the input of {self.names[0]} for some calibration sequences and with another "
+                "one for this; leave one of them dense with --ignore"
+            )
+
+    def holds(self, x: Tensor) -> bool:
+        return self.last is not None and self.last[0] is x and self.last[1] == x._version
+
+
+class _Observer:
+    def __init__(self, owner: SharedStats, name: str):
+        self.add = lambda x: owner.add(name, x)
+
+
+class SharedStats:
+    """Statistics by the name of a linear; ``make(name)`` builds those of a group, ``observers`` feed them.
+
+    Linears belong together when their first call finds the very tensor that another one has just been called with for
+    the first time too. They cost one X^T X then instead of several, in memory and in time.
+    """
+
+    def __init__(self, names: list[str], make: Callable[[str], ActivationStats]):
+        self.observers = {name: _Observer(self, name) for name in names}
+        self._make = make
+        self._group: dict[str, _Group] = {}
+
+    def add(self, name: str, x: Tensor) -> None:
+        group = self._group.get(name)
+        if group is None:
+            fresh = (g for g in self._group.values() if g.stats.sequences == 1 and g.holds(x))
+            group = self._group[name] = next(fresh, None) or _Group(self._make(name))
+            group.names.append(name)
+        group.add(name, x)
+
+    def finish(self) -> None:
+        """No more inputs follow: those of the last call are not kept."""
+        for group in self._group.values():
+            group.last = None
+
+    def groups(self) -> list[list[str]]:
+        """Names that share statistics."""
+        return [group.names for group in dict.fromkeys(self._group.values())]
+
+    def get(self, name: str) -> ActivationStats | None:
+        """Those of ``name`` to be changed: no other linear has them any more. None when it was never called."""
+        group = self._group.get(name)
+        if group is not None and len(group.names) > 1:
+            group.names.remove(name)
+            group = self._group[name] = _Group(copy.deepcopy(group.stats))
+            group.names.append(name)
+        return None if group is None else group.stats
+
+    def pop(self, name: str) -> ActivationStats | None:
+        """Those of ``name``, None when it was never called; forgotten with the last linear of a group."""
+        group = self._group.pop(name, None)
+        return None if group is None else group.stats
