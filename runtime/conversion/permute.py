@@ -73,9 +73,7 @@ class Permuting:
                 if moves:
                     _set(module, part, _arranged(parameter, *moves))
 
-    def choose(
-        self, runner: BlockRunner, index: int, decisions: dict[str, Decision], stats: SharedStats
-    ) -> None:
+    def choose(self, runner: BlockRunner, index: int, decisions: dict[str, Decision], stats: SharedStats) -> None:
         """Permute the open, unpruned block and the statistics of its linears (by name inside the block).
 
         A linear stays as it is where the order would keep less of RIA's scores, or change what the block computes.

@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from sparse_rt.formats import Format
-from sparse_rt.formats.base import check_sparsity, keep_highest, num_kept
+from sparse_rt.formats.base import check_sparsity, num_kept
+from sparse_rt.formats.selection import keep_highest
 from sparse_rt.pruning.base import Pruner, Repair, register_pruner, register_repair
 from sparse_rt.pruning.least_squares import LeastSquares
 from sparse_rt.pruning.statistics import ActivationStats
