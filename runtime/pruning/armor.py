@@ -49,7 +49,6 @@ class Armor(Pruner):
     needs_calibration = True
     keeps_columns = False
     wraps = True
-    keeps_columns = False
     block: int | None = None
     rounds = ROUNDS
 

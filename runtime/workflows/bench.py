@@ -81,6 +81,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> dict[str, 
     phases = [phase for phase in BENCH_PHASES if phase in wanted]
     notes = check_requests(options, phases)
     with open_pair(options.model, options.baseline) as pair:
+        notes += check_wrapper(pair, options, phases)
         check_lengths(pair, options, phases)
         result = measure(pair, options, phases, progress)
     result["notes"] = notes + result["notes"]
@@ -119,6 +120,22 @@ def check_requests(options: BenchOptions, phases: list[str]) -> list[str]:
             f"--fail-below judges {', '.join(JUDGED)}; add one of them with --phase and an engine that has it"
         )
     return notes
+
+
+def check_wrapper(pair: Pair, options: BenchOptions, phases: list[str]) -> list[str]:
+    """Refuse what a model with wrapped weights cannot do; as ``check_requests`` with what was not asked for."""
+    quantization = pair.sparse.quantization
+    if quantization.wrapper is None:
+        return []
+    for engine in options.engine:
+        if engine != "hf":
+            quantization.refuse_wrapper(f"--engine {engine} cannot run")
+    if "train" not in phases:
+        return []
+    if options.phase:
+        quantization.refuse_wrapper("--phase train: no adapter can be trained on")
+    phases.remove("train")
+    return ["no training step: the model has wrapped weights (--method armor), which no adapter can be trained on"]
 
 
 def check_lengths(pair: Pair, options: BenchOptions, phases: list[str]) -> None:

@@ -7,12 +7,22 @@ import pytest
 import torch
 
 import helpers
+from sparse_rt.benchmarking.models import open_pair
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint, read_json
-from sparse_rt.config import ConvertOptions, ExportOptions, FinetuneOptions, InspectOptions, MergeOptions, VerifyOptions
+from sparse_rt.config import (
+    BenchOptions,
+    ConvertOptions,
+    ExportOptions,
+    FinetuneOptions,
+    InspectOptions,
+    MergeOptions,
+    VerifyOptions,
+)
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.vllm.folders import open_description
 from sparse_rt.hf.load import load
 from sparse_rt.nn import sparse_linears
+from sparse_rt.workflows.bench import bench, check_wrapper
 from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.export import export
 from sparse_rt.workflows.finetune import finetune
@@ -187,6 +197,18 @@ def test_adapters_are_refused_before_any_work(converted, tmp_path):
 
     with pytest.raises(UserError, match=r"spp adapts kept values, and .*q_proj is a product of three matrices"):
         get_peft_model(load(folder), sparse_rt.SPPConfig(groups=2))
+
+
+def test_bench_leaves_training_out_and_refuses_what_was_asked_for(converted):
+    chosen = dict(model=str(converted[0]), engine=["hf"])
+    with open_pair(chosen["model"], None) as pair:
+        phases = ["disk", "decode", "train"]
+        (note,) = check_wrapper(pair, BenchOptions.build(**chosen), phases)
+    assert "no training step: the model has wrapped weights" in note and phases == ["disk", "decode"]
+    with pytest.raises(UserError, match="--phase train: no adapter can be trained on wrapped weights"):
+        bench(BenchOptions.build(**chosen, phase=["train"]))
+    with pytest.raises(UserError, match="--engine onnx cannot run wrapped weights"):
+        bench(BenchOptions.build(**{**chosen, "engine": ["onnx"]}))
 
 
 @pytest.mark.parametrize(
