@@ -37,7 +37,7 @@ class Structure:
             self._same.setdefault(id(parameter), []).append(name)
         self._targets = {key: self.names.target(key) for key in shapes}
         self._keys = {name: key for key, (name, pattern) in self._targets.items() if pattern is None}
-        self._joined = self.names.joined(shapes)
+        self._joined = self.names.joined(key for key, (_, pattern) in self._targets.items() if pattern is not None)
 
     def _is_convolution(self, name: str) -> bool:
         return isinstance(self.modules[name.rpartition(".")[0]], nn.Conv1d | nn.Conv2d | nn.Conv3d)

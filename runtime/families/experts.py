@@ -101,22 +101,44 @@ def split_experts(
     reasons = {}
     for owner, parameters in owners.items():
         module = model.get_submodule(owner)
-        if not all(model.get_parameter(name).dim() == 3 for name in parameters):
-            continue
-        layout: Layout = {}
-        reason = _refuse(module, owner, parameters)
-        for parameter in parameters if reason is None else ():
-            paths = _layout(names, model.get_parameter(parameter), owner, parameter, joined[parameter], shapes)
-            if paths is None:
-                reason = "its tensors are not the rows of one expert's matrix"
-                break
-            layout[parameter.rpartition(".")[2]] = paths
-        if reason is None and not _multiplies_by_linear(module, layout):
-            reason = "its forward does not multiply expert by expert"
-        if reason is None:
-            _split(module, layout, owner, joined, names, shapes)
-        reasons[owner] = reason
+        if all(model.get_parameter(name).dim() == 3 for name in parameters):
+            reasons[owner] = _split(module, owner, {name: joined[name] for name in parameters}, names, shapes)
     return reasons
+
+
+def _split(
+    module: nn.Module,
+    owner: str,
+    joined: Mapping[str, Mapping[str, str]],
+    names: CheckpointNames,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> str | None:
+    """Take the fused parameters ``joined`` of ``module``, called ``owner``, apart; or the reason why not."""
+    left = {f"{owner}.{name}" for name, _ in module.named_parameters(recurse=False)} - joined.keys()
+    if left:
+        return f"it holds {min(left)} besides"
+    layout: Layout = {}
+    sizes: dict[str, tuple[int, ...]] = {}
+    for parameter, parts in joined.items():
+        name = parameter.rpartition(".")[2]
+        paths = {key: _path(names, key, owner) for key in parts}
+        found = _layout(names, module.get_parameter(name), parameter, parts, paths, shapes)
+        if found is None:
+            return "its tensors are not the rows of one expert's matrix"
+        layout[name] = found
+        sizes |= {path: shapes[key] for key, path in paths.items()}
+    if not _multiplies_by_linear(module, layout):
+        return "its forward does not multiply expert by expert"
+    like = next(module.parameters(recurse=False))
+    for path, (m, n) in sizes.items():
+        parent, _, last = path.rpartition(".")
+        _branch(module, parent).add_module(last, _linear(m, n, like))
+    for name in layout:
+        del module._parameters[name]
+    module.split_layout = layout
+    module._is_hf_initialized = True
+    module.__class__ = _split_class(type(module), tuple(layout))
+    return None
 
 
 def loaded_names(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
@@ -127,55 +149,43 @@ def loaded_names(folder: str | Path, shapes: Mapping[str, tuple[int, ...]]) -> d
     return {key: names.target(key)[0] for key in shapes}
 
 
-def _refuse(module: nn.Module, owner: str, parameters: list[str]) -> str | None:
-    left = {f"{owner}.{name}" for name, _ in module.named_parameters(recurse=False)} - set(parameters)
-    return f"it holds {min(left)} besides" if left else None
-
-
 def _layout(
     names: CheckpointNames,
     fused: Tensor,
-    owner: str,
     parameter: str,
     parts: Mapping[str, str],
+    paths: Mapping[str, str | None],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> list[list[str]] | None:
-    """For every expert the paths of the layers that make up its rows of ``fused``; None when it is joined otherwise.
+    """For every expert the ``paths`` of the layers that make up its rows of ``fused``; None where it is not so.
 
     Found by letting transformers join stand-ins: columns of row numbers, then rows of column numbers.
     """
     experts, rows, n = fused.shape
-    paths = {key: _path(names, key, owner) for key in parts}
     if any(path is None or len(shapes[key]) != 2 or shapes[key][1] != n for key, path in paths.items()):
         return None
-    starts, total = {}, 0
-    for key in parts:
-        starts[total], total = key, total + shapes[key][0]
-    offsets = {key: start for start, key in starts.items()}
+    counts = [shapes[key][0] for key in parts]
+    numbers = dict(zip(parts, torch.arange(sum(counts), device="cpu").split(counts), strict=True))
+    starts = {int(part[0]): key for key, part in numbers.items()}
     column = torch.arange(n, device="cpu")
     try:
-        numbered = names.join(parameter, parts, lambda key: _numbers(offsets[key], shapes[key][0]))
+        joined = names.join(parameter, parts, lambda key: numbers[key][:, None])
         columns = names.join(parameter, parts, lambda key: column[None, :])
     except Exception:  # whatever an operation of another kind says to tensors of these shapes
         return None
-    if numbered.shape != (experts, rows, 1) or not bool((columns == column).all()):
+    if joined.shape != (experts, rows, 1) or not bool((columns == column).all()):
         return None
     layout = []
-    for expert in numbered[..., 0].tolist():
+    for expert in joined[..., 0]:
         layers, row = [], 0
         while row < rows:
-            key = starts.get(expert[row])
-            stop = row + (shapes[key][0] if key else 0)
-            if key is None or expert[row:stop] != list(range(expert[row], expert[row] + shapes[key][0])):
+            key = starts.get(int(expert[row]))
+            if key is None or not torch.equal(expert[row : row + len(numbers[key])], numbers[key]):
                 return None
             layers.append(paths[key])
-            row = stop
+            row += len(numbers[key])
         layout.append(layers)
     return layout
-
-
-def _numbers(start: int, count: int) -> Tensor:
-    return torch.arange(start, start + count, device="cpu")[:, None]
 
 
 def _path(names: CheckpointNames, key: str, owner: str) -> str | None:
@@ -231,25 +241,15 @@ class _Probe:
         return getattr(self._module, name)
 
 
-def _split(
-    module: nn.Module,
-    layout: Layout,
-    owner: str,
-    joined: Mapping[str, Mapping[str, str]],
-    names: CheckpointNames,
-    shapes: Mapping[str, tuple[int, ...]],
-) -> None:
-    for name in layout:
-        fused = module.get_parameter(name)
-        for key in joined[f"{owner}.{name}"]:
-            m, n = shapes[key]
-            parent, _, last = _path(names, key, owner).rpartition(".")
-            linear = nn.Linear(n, m, bias=False, device="meta", dtype=fused.dtype)
-            _branch(module, parent).add_module(last, linear.requires_grad_(fused.requires_grad))
-        del module._parameters[name]
-    module.split_layout = layout
-    module._is_hf_initialized = True
-    module.__class__ = _split_class(type(module), tuple(layout))
+def _linear(m: int, n: int, like: Tensor) -> nn.Linear:
+    """An ``nn.Linear`` on the meta device; drawing initial weights takes most of the time of making one."""
+    linear = nn.Linear.__new__(nn.Linear)
+    nn.Module.__init__(linear)
+    linear.in_features, linear.out_features = n, m
+    empty = torch.empty(m, n, dtype=like.dtype, device="meta")
+    linear.weight = nn.Parameter(empty, requires_grad=like.requires_grad)
+    linear.register_parameter("bias", None)
+    return linear
 
 
 def _branch(module: nn.Module, path: str) -> nn.Module:

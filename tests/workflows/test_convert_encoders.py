@@ -14,6 +14,7 @@ from sparse_rt.config import ConvertOptions, EvalOptions, GenerateOptions
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.dense import DenseExporter
+from sparse_rt.exporters.onnx.skeleton import open_skeleton
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.pruning import ActivationStats, get_pruner
@@ -128,6 +129,8 @@ def test_what_encoders_cannot_do_is_said(tmp_path, text):
         evaluate(EvalOptions.build(model=str(tmp_path / "out")))
     with pytest.raises(UserError, match="is a BertForMaskedLM, which predicts no next token"):
         generate(GenerateOptions.build(model=str(tmp_path / "out"), prompt="a"))
+    with pytest.raises(UserError, match="is a BertForMaskedLM, and the ONNX export writes causal language models"):
+        open_skeleton(Checkpoint.open(tmp_path / "out"))
     with pytest.raises(UserError, match="a BertForMaskedLM predicts no next token; give a text with --dataset FILE"):
         run(source, tmp_path / "self", "self", method="wanda")
     sizes = dict(embedding_size=32, num_hidden_layers=2, vocab_size=4096, hidden_size=64, intermediate_size=160)
