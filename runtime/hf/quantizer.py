@@ -6,6 +6,7 @@ model.safetensors", because the shards of a converted model carry names of their
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -56,6 +57,7 @@ class SparseRTQuantizer(HfQuantizer):
     requires_calibration = True
     widening: Widening | None = None  # of a folder with int8 values, while it is read
     splits_experts = False
+    dtypes: Mapping[str, torch.dtype] = {}  # of the parameters, as the model was built
 
     def update_attn_implementation(self, config):
         # The only hook that sees the config before the weight files are resolved. Folders written by save_pretrained
@@ -73,6 +75,7 @@ class SparseRTQuantizer(HfQuantizer):
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, headers, config)
         swapped = swap_modules(model, checkpoint)
         self.splits_experts = any(isinstance(module, SplitExperts) for module in model.modules())
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         if checkpoint.quantization.values == INT8:
             self.widening = Widening({name: (key, checkpoint.weights[key]) for name, key in swapped.items()})
         return model
@@ -90,6 +93,7 @@ class SparseRTQuantizer(HfQuantizer):
         if self.widening is not None:
             self.widening.finish(model)
             self.widening = None
+        self._cast(model)
         # The loader wraps every floating tensor as a trainable parameter, whatever the module declared.
         for name, module in sparse_linears(model):
             module.weight_values.requires_grad_(False)
@@ -101,6 +105,14 @@ class SparseRTQuantizer(HfQuantizer):
             if not module.weight_values.is_meta and not module.metadata.is_meta:
                 module.format.check_data(name, module.values, module.metadata, module.out_features, module.in_features)
         return model
+
+    def _cast(self, model) -> None:
+        """Tensors that the loader renames (a missing prefix, Mixtral's blocks) keep the dtype of the file."""
+        kept = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+        for name, parameter in model.named_parameters():
+            wanted = self.dtypes.get(name, parameter.dtype)
+            if parameter.dtype != wanted and not parameter.is_meta and not any(re.search(one, name) for one in kept):
+                parameter.data = parameter.data.to(wanted)
 
     def _dequantize(self, model, dtype=None):
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

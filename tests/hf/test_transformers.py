@@ -147,3 +147,21 @@ def test_trainer_refuses_a_bare_compressed_model(sparse_llama, tmp_path):
 
     with pytest.raises(ValueError, match="quantized"):
         Trainer(load(sparse_llama), TrainingArguments(output_dir=tmp_path, report_to="none", use_cpu=True))
+
+
+@pytest.mark.parametrize("family,prefix", [("mixtral", None), ("qwen2", "model.")])
+def test_another_dtype_is_that_of_every_parameter(tmp_path, family, prefix):
+    """Also of those that the file calls otherwise: Mixtral's blocks, and the body of a model without its head."""
+    dense = tiny_model(tmp_path / "dense", family)
+    if prefix:
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(dense / "model.safetensors")
+        save_file({name.removeprefix(prefix): t for name, t in tensors.items()}, dense / "model.safetensors")
+    model = load(compress_folder(dense, tmp_path / "sparse", "2:4"), dtype=torch.float32)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {torch.float32}
+    half = load(tmp_path / "sparse")
+    assert {p.dtype for p in half.parameters() if p.is_floating_point()} == {torch.bfloat16}
+    for (name, module), (_, other) in zip(sparse_linears(model), sparse_linears(half), strict=True):
+        assert torch.equal(module.values, other.values.float()), name
+    assert torch.isfinite(logits(model)).all()
