@@ -36,14 +36,13 @@ def test_samples_are_likelier_the_colder_and_as_likely_as_the_entropy_says(model
     """At temperature 1 the mean loss of samples is the mean entropy of the predictions."""
 
     def loss_and_entropy(temperature):
-        windows = sample_windows(model, 64, 12, temperature, 0)
+        windows = sample_windows(model, 48, 8, temperature, 0)
         logs = model(windows).logits[:, :-1].log_softmax(-1)
         loss = -logs.gather(-1, windows[:, 1:].unsqueeze(-1)).mean()
         return float(loss), float(-(logs.exp() * logs).sum(-1).mean())
 
-    (cold, _), (loss, entropy), (hot, _) = (loss_and_entropy(t) for t in (0.4, 1.0, 2.0))
-    assert cold < 0.7 * loss < 0.7 * 0.7 * hot
-    assert loss == pytest.approx(entropy, rel=0.12)
+    (cold, _), (loss, entropy) = (loss_and_entropy(temperature) for temperature in (0.4, 1.0))
+    assert cold < 0.7 * loss and loss == pytest.approx(entropy, rel=0.12)
 
 
 def test_every_text_starts_with_the_begin_token_and_ends_with_the_end_token(tiny):
@@ -60,7 +59,7 @@ def test_every_text_starts_with_the_begin_token_and_ends_with_the_end_token(tiny
 
 def test_one_token_that_begins_and_ends_is_not_doubled(model):
     assert model.config.bos_token_id == model.config.eos_token_id == 0
-    stream = sample_windows(model, 128, 8, 1.5, 3).flatten().tolist()
+    stream = sample_windows(model, 96, 8, 1.5, 3).flatten().tolist()
     assert stream.count(0) > 1 and not any(a == b == 0 for a, b in pairwise(stream))
 
 
