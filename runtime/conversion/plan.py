@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from sparse_rt.checkpoint import SparseConfig, matches
 from sparse_rt.checkpoint.config import Override
-from sparse_rt.config import ConvertOptions, parse_size
+from sparse_rt.config import ConvertOptions
 from sparse_rt.conversion import structure as kinds
 from sparse_rt.conversion.detect import AUTO, Detected, most_common
 from sparse_rt.conversion.overrides import compact_overrides
@@ -148,44 +147,6 @@ class Plan:
             for d in self.decisions.values()
             if d.pattern is None
         ]
-
-    def peak_memory(self, tokens: int) -> dict[str, int]:
-        """Estimated parts of the memory taken at the worst moment; ``tokens`` of one calibration sequence.
-
-        Mask selection needs about 24 bytes an element (scores, selection with its indices, ties, masks). Calibration
-        holds one block, its second moments, the inverse's factors, and one sequence's widest activation a few times.
-        Reconstruction adds the dense activations, four float32 numbers a kept weight (value, gradient, state), and for
-        the backward pass the inputs and outputs of every linear for one sequence, about twice.
-        """
-        compressed = [d for d in self.decisions.values() if d.pattern]
-        largest = max((torch.Size(d.shape).numel() for d in compressed), default=0)
-        parts = {
-            "shard": min(parse_size(self.options.max_shard_size), self.totals()["compressed_bytes"]),
-            "largest_weight": largest * 24,
-        }
-        if self.runs_model:
-            sizes = [sum(self.source.tensors[key].numel for key in keys) for keys in self.blocks]
-            embedding = max((self.source.tensors[key].numel for key in self.outside), default=0)
-            itemsize = max((self.source.tensors[d.key].dtype.itemsize for d in compressed), default=2)
-            widths = [[d.shape[1] for key in keys if (d := self.decisions.get(key))] for keys in self.blocks]
-            hidden = min((min(w) for w in widths if w), default=0)
-            widest = max((max(w) for w in widths if w), default=0)
-            gram = max((sum(n * n for n in w) for w in widths), default=0) if self.pruner.needs_gram else 0
-            parts |= {
-                "block": max([embedding, *sizes]) * itemsize,
-                "activations": self.options.num_samples * tokens * hidden * itemsize,
-                "one_sequence": 4 * tokens * widest * 4,
-                "second_moments": 4 * gram + (16 * widest * widest if gram else 0),
-            }
-        if self.options.reconstruct:
-            parts["reconstruction"] = parts["activations"] + max(self._training_memory(tokens), default=0)
-        return parts
-
-    def _training_memory(self, tokens: int) -> Iterator[int]:
-        """Bytes that training takes in each block, the activations between blocks excepted."""
-        for keys in self.blocks:
-            pruned = [d for key in keys if (d := self.decisions.get(key)) and d.pattern]
-            yield sum(16 * d.nnz + 8 * tokens * sum(d.shape) for d in pruned)
 
 
 def _experts(name: str) -> str | None:

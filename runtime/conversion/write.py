@@ -260,6 +260,7 @@ def _prune_open_block(
     stats = SharedStats(list(width), lambda name: ActivationStats(width[name], runner.device, *wanted))
     runner.collect(index, stats.observers)
     stats.finish()
+    release()
     if writing.permuting is not None:
         writing.permuting.choose(runner, index, {inner[d.name]: d for d in decisions}, stats)
     compressed = {}

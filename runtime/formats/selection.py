@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-PIECE = 1 << 19
+PIECE = 1 << 17
 # Rows up to this size (the groups of N:M) are ranked by comparing all pairs: to select in each has a price of its own.
 PAIRED = 16
 
@@ -82,7 +82,7 @@ def _kth_highest(scores: Tensor, keep: int) -> Tensor:
 
     def counts(upper: int | None) -> Tensor:
         found = torch.zeros(1 << 16, dtype=torch.int64, device=scores.device)
-        for part in pieces(len(scores), 2):  # counting takes twice as much as comparing
+        for part in pieces(len(scores), 1):
             bits = (scores[part] + 0.0).view(torch.int32)  # -0.0 and 0.0 are equal
             ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
             digits = (ordered >> 16) + (1 << 15) if upper is None else ordered[(ordered >> 16) == upper] & 0xFFFF

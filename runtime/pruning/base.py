@@ -21,6 +21,8 @@ from sparse_rt.registry import Registry
 
 # Bytes a weight that moving the kept ones takes, and bytes an element of X^T X that its factors take.
 UPDATE_BYTES, FACTOR_BYTES = 5, 16
+# What a selection in a weight of many pieces takes at a time, counting digits included.
+SELECTION_BYTES = 28 * PIECE
 
 _PRUNERS: Registry[type[Pruner]] = Registry(
     "pruner",
@@ -191,7 +193,7 @@ def _calibrated(name: str, stats: ActivationStats | None) -> ActivationStats:
 
 def choice_bytes(m: int, n: int) -> int:
     """Bytes that choosing the mask of a weight (m, n) takes: float32 scores, the mask, and the selection in a piece."""
-    return 5 * m * n + 14 * min(m * n, PIECE)
+    return 5 * m * n + (14 * m * n if m * n <= PIECE else SELECTION_BYTES)
 
 
 def update_bytes(m: int, n: int) -> int:

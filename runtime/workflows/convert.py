@@ -32,7 +32,9 @@ from sparse_rt.conversion import (
     write_weights,
 )
 from sparse_rt.conversion.detect import AUTO, refuse_unpruned, transposed_note
+from sparse_rt.conversion.estimate import peak_memory
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
+from sparse_rt.conversion.memory import keep_heap_small
 from sparse_rt.conversion.notes import remove_notes
 from sparse_rt.conversion.plan import owl_setting
 from sparse_rt.data import read_texts, token_windows
@@ -51,6 +53,9 @@ RELEVANT = ("pattern", "sparsity", "method", "num_samples", "seed", "ignore", "o
 RELEVANT += ("reconstruct", "reconstruct_learning_rate", "ratios", "owl_lambda", "owl_threshold", "permute")
 RELEVANT += ("transposable", "wrapper_block")
 
+# What a calibrated run loads besides: the tokenizer, the text, the libraries' code that only a forward pass needs.
+RUNNING_BYTES = 60_000_000
+
 
 def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
     """Convert ``options.model``; with ``dry_run`` only say what would be done, from headers.
@@ -64,6 +69,7 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
     """
     progress = progress or Progress()
     start = time.perf_counter()
+    keep_heap_small()
     device = pick_device(options.device)
     output = check_output(options.output_dir, options.overwrite)
     shard_bytes = parse_size(options.max_shard_size)
@@ -252,7 +258,9 @@ def dry_run(plan: Plan) -> dict[str, Any]:
 def estimated_memory(plan: Plan) -> dict[str, int]:
     """Parts and total of the expected peak; "process" is what Python and its libraries take already."""
     now = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-    parts = plan.peak_memory(window_length(plan))
+    parts = peak_memory(plan, window_length(plan))
+    if plan.runs_model:
+        now += RUNNING_BYTES
     return {"process": now, **parts, "total": now + sum(parts.values())}
 
 
