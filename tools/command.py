@@ -55,7 +55,8 @@ def workflow_command(
         except CheckFailed as failure:
             _report(failure.result or {"error": str(failure)}, json_target, quiet, show if failure.result else None)
             raise
-        _report(result, json_target, quiet, show)
+        if result is not None:  # a process that helped the first one of a launch has nothing to report
+            _report(result, json_target, quiet, show)
 
     parameters = [*_parameters(options_class, arguments, hidden), *extra, *COMMON]
     settings = {"ignore_unknown_options": True, "allow_extra_args": True} if build else {}

@@ -141,6 +141,10 @@ class Plan:
             "coverage_percent": round(100 * covered / linear, 2) if linear else 0.0,
         }
 
+    def pruned_in(self, index: int) -> list[Decision]:
+        """The weights of block ``index`` that are compressed, in the order of the file."""
+        return [d for key in self.blocks[index] if (d := self.decisions.get(key)) and d.pattern]
+
     def skipped(self) -> list[dict[str, Any]]:
         return [
             {"name": d.name, "shape": list(d.shape), "reason": d.reason}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparse_rt.checkpoint import CheckpointWriter
 from sparse_rt.conversion import experts
+from sparse_rt.conversion.crew import Crew
 from sparse_rt.conversion.detect import AUTO, MAX_DENSITY, Detected, detect
 from sparse_rt.conversion.memory import release
 from sparse_rt.conversion.permute import Permuting
@@ -63,8 +64,10 @@ class Facts:
 class Writing:
     """One weight at a time from the source, through the pruner, into the writer."""
 
-    def __init__(self, plan: Plan, writer: CheckpointWriter, device: torch.device, resume: bool):
-        self.plan, self.writer, self.device = plan, writer, device
+    def __init__(
+        self, plan: Plan, writer: CheckpointWriter, device: torch.device, resume: bool, crew: Crew | None = None
+    ):
+        self.plan, self.writer, self.device, self.crew = plan, writer, device, crew or Crew()
         self.done = writer.done
         self.facts = Facts(writer.folder, resume)
         self.permuting = Permuting(plan, self.facts, self.done) if plan.options.permute else None
@@ -199,73 +202,115 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def write_weights(writing: Writing, runner: BlockRunner | None, tokens: Tensor | None, progress: Progress) -> None:
     """Write every tensor of the plan, those already ``done`` excepted; ``runner`` and ``tokens`` for calibration."""
     plan = writing.plan
-    if runner is None:
-        for key in progress.track(plan.outside, "compressing", total=len(plan.outside)):
+    with writing.crew.together():
+        for key in plan.outside if runner else progress.track(plan.outside, "compressing", total=len(plan.outside)):
             writing.tensor(key)
+    if runner is None:
         return
-    for key in plan.outside:
-        writing.tensor(key)
-    if all(d.name in writing.done for d in plan.decisions.values() if d.pattern):
+    if writing.crew.share(all(d.name in writing.done for d in plan.decisions.values() if d.pattern)):
         for key in (key for keys in plan.blocks for key in keys):
             writing.tensor(key)
         return
     progress.stage(f"embedding {len(tokens)} calibration sequences of {tokens.shape[1]} tokens")
-    runner.start(tokens)
+    with writing.crew.together():
+        runner.start(writing.crew.part(tokens))
     if writing.permuting is not None:
         writing.permuting.start(runner, tokens)
     for index in progress.track(
         range(len(plan.blocks)), f"{plan.options.method}, block by block", total=len(plan.blocks)
     ):
-        _write_block(writing, runner, index)
+        _write_block(writing, runner, index, len(tokens))
 
 
-def _write_block(writing: Writing, runner: BlockRunner, index: int) -> None:
+def follow(plan: Plan, runner: BlockRunner | None, tokens: Tensor | None, crew: Crew) -> None:
+    """``write_weights`` of a process that does not write: run the blocks, add to the statistics, take the weights."""
+    with crew.together():  # the first process copies what is outside of the blocks
+        pass
+    if runner is None or crew.share(None):
+        return
+    with crew.together():
+        runner.start(crew.part(tokens))
+    for index in range(len(plan.blocks)):
+        last, finished = index + 1 == len(plan.blocks), crew.share(None)
+        if not finished:
+            _statistics(plan, runner, index, len(tokens), crew)
+        with crew.together():  # the first process prunes
+            if finished and not last:
+                runner.open(index)
+        if not last:
+            _hand_on(plan, runner, index, crew)
+        runner.close(index)
+        with crew.together():  # the first process writes the rest of the block
+            release()
+
+
+def _write_block(writing: Writing, runner: BlockRunner, index: int, sequences: int) -> None:
     """Prune and write one block; a block that an earlier run finished is read back instead."""
-    plan = writing.plan
-    keys = plan.blocks[index]
-    decisions = [d for key in keys if (d := plan.decisions.get(key)) and d.pattern]
+    plan, crew = writing.plan, writing.crew
+    decisions = plan.pruned_in(index)
     last = index + 1 == len(plan.blocks)
-    finished = all(d.name in writing.done for d in decisions)
+    finished = crew.share(all(d.name in writing.done for d in decisions))
     compressed: dict[str, Compressed] = {}
-    if not (finished and last):
+    stats = None if finished else _statistics(plan, runner, index, sequences, crew)
+    with crew.together():
+        if finished and not last:
+            runner.open(index)
+            if plan.options.reconstruct:
+                runner.advance_dense(index)
+            if writing.permuting is not None:
+                writing.permuting.restore(runner, index)
+            for decision in decisions:
+                runner.set_weight(index, plan.inner_name(index, decision), read_back(writing.writer, decision))
+        elif not finished:
+            compressed = _prune_open_block(writing, runner, index, stats)
+    if not last:
+        _hand_on(plan, runner, index, crew)
+    runner.close(index)
+    with crew.together():
+        for key in plan.blocks[index]:
+            decision = plan.decisions.get(key)
+            if decision is None or not decision.pattern:
+                writing.tensor(key)
+            elif decision.name in compressed and decision.name not in writing.done:
+                writing.store(decision, compressed.pop(decision.name))
+        release()
+
+
+def _statistics(plan: Plan, runner: BlockRunner, index: int, sequences: int, crew: Crew) -> SharedStats:
+    """Open a block and collect the statistics of its inputs over the ``sequences`` of all processes."""
+    width = {plan.inner_name(index, d): d.shape[1] for d in plan.pruned_in(index)}
+    wanted = plan.pruner.needs_gram, sequences, plan.pruner.needs_moments
+    stats = SharedStats(list(width), lambda name: ActivationStats(width[name], runner.device, *wanted))
+    with crew.together():
         runner.open(index)
         if plan.options.reconstruct:
             runner.advance_dense(index)
-    if finished and not last:
-        if writing.permuting is not None:
-            writing.permuting.restore(runner, index)
-        for decision in decisions:
-            runner.set_weight(index, _inner(plan, runner, index, decision), read_back(writing.writer, decision))
-    elif not finished:
-        compressed = _prune_open_block(writing, runner, index, decisions)
-    if not last:
+        runner.collect(index, stats.observers)
+        stats.finish()
+        release()
+    crew.reduce(stats)
+    return stats
+
+
+def _hand_on(plan: Plan, runner: BlockRunner, index: int, crew: Crew) -> None:
+    """Give all processes the pruned weights of the open block, and turn the activations into its outputs."""
+    if crew.size > 1:
+        for decision in plan.pruned_in(index):
+            name = plan.inner_name(index, decision)
+            weight = runner.blocks[index].get_submodule(name).weight.detach()
+            runner.set_weight(index, name, crew.hand_on(weight))
+    with crew.together():
         runner.advance(index)
-    runner.close(index)
-    for key in keys:
-        decision = plan.decisions.get(key)
-        if decision is None or not decision.pattern:
-            writing.tensor(key)
-        elif decision.name in compressed and decision.name not in writing.done:
-            writing.store(decision, compressed.pop(decision.name))
-    release()
 
 
-def _prune_open_block(
-    writing: Writing, runner: BlockRunner, index: int, decisions: list[Decision]
-) -> dict[str, Compressed]:
-    """Statistics with the block unpruned, then every linear pruned and put in place: name -> weight, if not stored."""
-    plan, inner = writing.plan, {d.name: _inner(writing.plan, runner, index, d) for d in decisions}
-    width = {inner[d.name]: d.shape[1] for d in decisions}
-    wanted = plan.pruner.needs_gram, len(runner.hidden), plan.pruner.needs_moments
-    stats = SharedStats(list(width), lambda name: ActivationStats(width[name], runner.device, *wanted))
-    runner.collect(index, stats.observers)
-    stats.finish()
-    release()
+def _prune_open_block(writing: Writing, runner: BlockRunner, index: int, stats: SharedStats) -> dict[str, Compressed]:
+    """Every linear pruned and put in place; name -> weight of those that are not stored yet."""
+    plan, compressed = writing.plan, {}
+    decisions = {plan.inner_name(index, d): d for d in plan.pruned_in(index)}
     if writing.permuting is not None:
-        writing.permuting.choose(runner, index, {inner[d.name]: d for d in decisions}, stats)
-    compressed = {}
-    for decision in decisions:
-        seen = stats.pop(inner[decision.name])
+        writing.permuting.choose(runner, index, decisions, stats)
+    for inner, decision in decisions.items():
+        seen = stats.pop(inner)
         if seen is not None and seen.tokens:
             seen.check_finite(decision.name)
         elif plan.pruner.needs_calibration and not experts.is_expert(decision.name):
@@ -280,7 +325,7 @@ def _prune_open_block(
         del seen, weight
         release()
     if plan.options.reconstruct and compressed:
-        compressed = _reconstruct(writing, runner, index, decisions, compressed)
+        compressed = _reconstruct(writing, runner, index, list(decisions.values()), compressed)
     return compressed
 
 
@@ -293,7 +338,7 @@ def _prune_in_place(
     after = weight.dense(*decision.shape)
     error = None if seen is None else seen.reconstruction_error(before.to(after.device), after)
     writing.note(decision, weight, error)
-    runner.set_weight(index, _inner(writing.plan, runner, index, decision), after)
+    runner.set_weight(index, writing.plan.inner_name(index, decision), after)
     return weight.to("cpu")
 
 
@@ -306,7 +351,7 @@ def _reconstruct(
 ) -> dict[str, Compressed]:
     """``pruned`` with trained values where they bring the block's output closer to the dense one's, else as it was."""
     plan, before = writing.plan, runner.error(index)
-    inner = {decision.name: _inner(plan, runner, index, decision) for decision in decisions}
+    inner = {decision.name: plan.inner_name(index, decision) for decision in decisions}
     weights = {inner[d.name]: pruned[d.name] for d in decisions}
     options = plan.options
     schedule = Schedule(options.reconstruct, options.reconstruct_learning_rate, options.seed)
@@ -325,11 +370,6 @@ def _reconstruct(
         found, after = pruned, before
     writing.facts.add(runner.block_name(index), block_error={"before": round(before, 6), "after": round(after, 6)})
     return found
-
-
-def _inner(plan: Plan, runner: BlockRunner, index: int, decision: Decision) -> str:
-    """Name of the linear inside its block."""
-    return plan.inner_name(index, decision)
 
 
 def read_back(writer: CheckpointWriter, decision: Decision) -> Tensor:

@@ -65,6 +65,15 @@ class SharedStats:
         """Names that share statistics."""
         return [group.names for group in dict.fromkeys(self._group.values())]
 
+    def join(self, names: list[str]) -> ActivationStats:
+        """Those of a group; new ones, and linears new to the group, where other processes have called them only."""
+        group = next((self._group[name] for name in names if name in self._group), None)
+        if group is None:
+            group = _Group(self._make(names[0]))
+        group.names = list(names)
+        self._group |= dict.fromkeys(names, group)
+        return group.stats
+
     def get(self, name: str) -> ActivationStats | None:
         """Those of ``name`` to be changed: no other linear has them any more. None when it was never called."""
         group = self._group.get(name)

@@ -57,6 +57,19 @@ class ActivationStats:
         self._total += total
         self._deviations += (x - total / x.shape[0]).square_().sum(0)
 
+    def sums(self) -> list[Tensor]:
+        """What several processes add up, each in place, to have the statistics of all their sequences."""
+        return [t for t in (self.sum_squares, self.gram, self._total, self._deviations) if t is not None]
+
+    def sample(self) -> Tensor:
+        """The sampled inputs, float32 [k, n]."""
+        return torch.cat(self._sample) if self._sample else self.sum_squares.new_empty(0, self.n)
+
+    def take_over(self, sequences: int, tokens: int, samples: list[Tensor]) -> None:
+        """Complete ``sums`` that were added up over processes: how much they saw together, and their samples."""
+        self.sequences, self.tokens = sequences, tokens
+        self._sample = [rows.to(self.sum_squares.device) for rows in samples]
+
     def input_sums(self) -> Tensor:
         """Mean over sequences of the sum over tokens of every input, float32 [n]; needs ``moments``."""
         return self._total / self.sequences
@@ -88,7 +101,7 @@ class ActivationStats:
 
     def reconstruction_error(self, before: Tensor, after: Tensor) -> float:
         """||X W^T - X W'^T|| / ||X W^T|| (Frobenius norms) over the sampled inputs."""
-        x, difference, total = torch.cat(self._sample), 0.0, 0.0
+        x, difference, total = self.sample(), 0.0, 0.0
         for rows in pieces(*before.shape):
             reference = x @ before[rows].to(x).T
             total += float(reference.square().sum(dtype=torch.float64))

@@ -9,6 +9,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,14 @@ from sparse_rt.conversion import (
     selfgen,
     write_weights,
 )
+from sparse_rt.conversion.crew import Crew, join, refuse_alone
 from sparse_rt.conversion.detect import AUTO, refuse_unpruned, transposed_note
 from sparse_rt.conversion.estimate import peak_memory
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.conversion.memory import keep_heap_small
 from sparse_rt.conversion.notes import remove_notes
 from sparse_rt.conversion.plan import owl_setting
+from sparse_rt.conversion.write import follow
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
 from sparse_rt.errors import UserError
@@ -57,7 +60,7 @@ RELEVANT += ("transposable", "wrapper_block")
 RUNNING_BYTES = 60_000_000
 
 
-def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any]:
+def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[str, Any] | None:
     """Convert ``options.model``; with ``dry_run`` only say what would be done, from headers.
 
     Raises ``UserError`` / ``FormatError`` for options and sources that cannot work, always before the output folder
@@ -66,38 +69,73 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
 
     ``reconstruct`` is an option here and no step of its own, because what it needs streams by here one block at a time:
     the dense weights, and the activations of the dense and of the pruned model.
+
+    Under ``accelerate launch`` or torchrun the processes share the calibration sequences. The first one writes and has
+    the result, the others None.
     """
-    progress = progress or Progress()
     start = time.perf_counter()
     keep_heap_small()
     device = pick_device(options.device)
-    output = check_output(options.output_dir, options.overwrite)
-    shard_bytes = parse_size(options.max_shard_size)
-    progress.stage("reading headers")
-    source = open_source(options.model, options.revision)
-    refuse_same_folder(source.folder, output)
-    plan = make_plan(options, source, read_structure(source.folder, source.shapes))
-    for note in plan.notes:
-        progress.note(note)
-    if options.dry_run:
-        return dry_run(plan)
-    if not plan.pruner.prunes:
-        progress.stage("looking for zeros")
-        refuse_unpruned(source, plan.decisions.values())
-    sampled = plan.runs_model and options.dataset == selfgen.SELF
-    if sampled:
-        selfgen.check_writes(plan)
-        selfgen.check_room(source, device)
-    tokens = calibration_tokens(plan, progress) if plan.runs_model and not sampled else None
-    refuse_unfinished(output, options)
-    with output_directory(output, options.overwrite, resume=options.resume, keep=True) as partial:
+    crew = join(device)
+    try:
+        result = _convert(options, progress if progress and crew.leads else Progress(), crew, crew.device(device))
+    finally:
+        crew.leave()
+    if result is not None and not options.dry_run:
+        result["seconds"] = round(time.perf_counter() - start, 2)
+        result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return result
+
+
+def _convert(options: ConvertOptions, progress: Progress, crew: Crew, device: torch.device) -> dict[str, Any] | None:
+    with crew.together():
+        output = check_output(options.output_dir, options.overwrite)
+        parse_size(options.max_shard_size)
+        progress.stage("reading headers")
+        source = open_source(options.model, options.revision)
+        refuse_same_folder(source.folder, output)
+        plan = make_plan(options, source, read_structure(source.folder, source.shapes))
+        for note in plan.notes:
+            progress.note(note)
+        sampled = plan.runs_model and options.dataset == selfgen.SELF
+        alone = {"--reconstruct": options.reconstruct > 0, "--permute": options.permute, "--dataset self": sampled}
+        refuse_alone(crew, alone | {"--ratios owl": options.ratios == "owl"})
+        if options.dry_run:
+            return dry_run(plan) if crew.leads else None
+        if not plan.pruner.prunes:
+            progress.stage("looking for zeros")
+            refuse_unpruned(source, plan.decisions.values())
         if sampled:
-            tokens = sampled_tokens(plan, device, partial, progress)
-        mark = fingerprint(plan, tokens, device)
-        described = stored_config(plan), plan.sparse_config()
-        writer = CheckpointWriter(partial, *described, shard_bytes, mark, options.resume)
+            selfgen.check_writes(plan)
+            selfgen.check_room(source, device)
+        tokens = calibration_tokens(plan, progress) if plan.runs_model and not sampled else None
+        refuse_unfinished(output, options)
+    if crew.leads:
+        return _lead(plan, output, tokens, device, progress, crew)
+    with crew.together():  # the first process opens the output folder
+        runner = _runner(plan, tokens, device, output.parent)
+    follow(plan, runner, tokens, crew)
+    with crew.together():  # it finishes the folder
+        return None
+
+
+def _lead(
+    plan: Plan, output: Path, tokens: Tensor | None, device: torch.device, progress: Progress, crew: Crew
+) -> dict[str, Any]:
+    """The work of the process that writes."""
+    options = plan.options
+    with ExitStack() as stack:
+        with crew.together():
+            folder = output_directory(output, options.overwrite, resume=options.resume, keep=True)
+            partial = stack.enter_context(folder)
+            if plan.runs_model and tokens is None:
+                tokens = sampled_tokens(plan, device, partial, progress)
+            mark = fingerprint(plan, tokens, device)
+            described = stored_config(plan), plan.sparse_config()
+            limit = parse_size(options.max_shard_size)
+            writer = CheckpointWriter(partial, *described, limit, mark, options.resume)
         try:
-            result = _write(plan, writer, tokens, device, progress)
+            result = _write(plan, writer, tokens, device, progress, crew)
         except UserError:
             shutil.rmtree(partial, ignore_errors=True)  # bad input stays bad: there is nothing to resume
             raise
@@ -108,9 +146,15 @@ def convert(options: ConvertOptions, progress: Progress | None = None) -> dict[s
                 shutil.rmtree(partial, ignore_errors=True)
             raise
     result["output_dir"] = str(output)
-    result["seconds"] = round(time.perf_counter() - start, 2)
-    result["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return result
+
+
+def _runner(plan: Plan, tokens: Tensor | None, device: torch.device, folder: Path) -> BlockRunner | None:
+    """What runs the model block by block, if it must be run; ``folder`` is for activations on disk."""
+    if tokens is None:
+        return None
+    offload = folder if plan.options.offload_activations else None
+    return BlockRunner(plan.structure.model, parameter_loader(plan), device, plan.options.reconstruct > 0, offload)
 
 
 def refuse_unfinished(output: Path, options: ConvertOptions) -> None:
@@ -122,20 +166,27 @@ def refuse_unfinished(output: Path, options: ConvertOptions) -> None:
         )
 
 
-def _write(plan: Plan, writer: CheckpointWriter, tokens, device: torch.device, progress: Progress) -> dict[str, Any]:
+def _write(
+    plan: Plan, writer: CheckpointWriter, tokens: Tensor | None, device: torch.device, progress: Progress, crew: Crew
+) -> dict[str, Any]:
     if writer.done:
         progress.note(f"resuming: {len(writer.done)} tensors and weights are on disk already")
-    runner, blocks = None, {}
+    blocks = {}
     if plan.options.ratios == "owl":
         where = writer.folder, writer.fingerprint
         blocks = ratios.set_ratios(plan, parameter_loader(plan), tokens, device, *where, progress)
         writer.sparse = plan.sparse_config()
-    if tokens is not None:
-        follow_dense = plan.options.reconstruct > 0
-        offload = writer.folder if plan.options.offload_activations else None
-        runner = BlockRunner(plan.structure.model, parameter_loader(plan), device, follow_dense, offload)
-    writing = Writing(plan, writer, device, plan.options.resume)
-    write_weights(writing, runner, tokens, progress)
+    writing = Writing(plan, writer, device, plan.options.resume, crew)
+    write_weights(writing, _runner(plan, tokens, device, writer.folder), tokens, progress)
+    with crew.together():
+        return _finish(plan, writing, blocks, tokens, progress)
+
+
+def _finish(
+    plan: Plan, writing: Writing, blocks: dict[str, dict[str, float]], tokens: Tensor | None, progress: Progress
+) -> dict[str, Any]:
+    """Everything of the folder but the shards: config, index, manifest, model card, tokenizer; the result."""
+    writer = writing.writer
     facts = report(plan, writing.facts.known, writer)
     if blocks:
         facts["ratios"] = ratios.ratio_facts(plan, blocks)
