@@ -23,7 +23,8 @@ def decompress(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -
 
 @register_backend("gather", name="reference", priority=0)
 def gather(dense: Tensor, metadata: Tensor, pattern: str, m: int, n: int, values_like: Tensor) -> Tensor:
-    return dense[get_format(pattern).unpack_mask(metadata, m, n)].view(values_like.shape)
+    fmt = get_format(pattern)
+    return fmt.kept_values(dense, fmt.unpack_mask(metadata, m, n)).view(values_like.shape)
 
 
 @register_backend("linear", name="reference", priority=0)

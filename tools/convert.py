@@ -23,6 +23,8 @@ def report(result: dict[str, Any]) -> None:
         ]
         show(table("plan (nothing is written)", ["weight", "shape", "pattern", "dense>", "compressed>"], rows))
         show(f"estimated peak memory: {size(result['estimated_peak_memory_bytes']['total'])}")
+        if result["estimated_seconds"]:
+            show(f"estimated time on this machine: {duration(result['estimated_seconds']['total'])}")
     reasons: dict[str, list[str]] = {}
     for entry in result["skipped"]:
         reasons.setdefault(entry["reason"], []).append(entry["name"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,10 @@ class CheckpointWriter:
         self._pending: dict[str, Tensor] = {}
         self._pending_weights: dict[str, dict[str, Any]] = {}
         self._pending_bytes = 0
+        # sha256 of tensors and finished files, by a thread beside the one that makes the next tensors.
+        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        self._digests: dict[str, Future[str]] = {}
+        self._file_digests: dict[str, Future[str]] = {}
         self.total_bytes = sum(shard.bytes for shard in self._shards)
 
     @property
@@ -155,6 +160,7 @@ class CheckpointWriter:
         if name in self._pending or any(name in shard.tensors for shard in self._shards):
             raise UserError(f"tensor {name} was given twice")
         self._pending[name] = tensor.detach().cpu().contiguous()
+        self._digests[name] = self._hashing.submit(tensor_digest, self._pending[name])
         self._pending_bytes += tensor.nbytes
 
     def _make_room(self, nbytes: int) -> None:
@@ -166,7 +172,7 @@ class CheckpointWriter:
         if not self._pending:
             return
         shard = _Shard(f"part-{len(self._shards) + 1:05d}.safetensors", weights=self._pending_weights)
-        shard.tensors = {name: tensor_digest(tensor) for name, tensor in self._pending.items()}
+        shard.tensors = {name: self._digests.pop(name).result() for name in self._pending}
         shard.bytes = self._pending_bytes
         temporary = self.folder / (shard.file + ".tmp")
         described = {name: {k: v for k, v in w.items() if k != "nnz"} for name, w in shard.weights.items()}
@@ -174,6 +180,8 @@ class CheckpointWriter:
         _sort_header(temporary)
         fsync(temporary)
         temporary.rename(self.folder / shard.file)
+        if self.sparse:
+            self._file_digests[shard.file] = self._hashing.submit(file_digest, self.folder / shard.file)
         self._shards.append(shard)
         self.total_bytes += shard.bytes
         self._pending, self._pending_weights, self._pending_bytes = {}, {}, 0
@@ -182,28 +190,35 @@ class CheckpointWriter:
     def finish(self, manifest: dict[str, Any] | None = None) -> None:
         """Name the shards, write config, index and manifest; other files of the folder are listed in the manifest."""
         self.flush()
+        known = {file: digest.result() for file, digest in self._file_digests.items()}  # before files are renamed
+        self._hashing.shutdown()
         stem, index_name = ("sparse_rt", INDEX_NAME) if self.sparse else ("model", "model.safetensors.index.json")
         weight_map, names = {}, {}
         for number, shard in enumerate(self._shards, 1):
             names[shard.file] = f"{stem}-{number:05d}-of-{len(self._shards):05d}.safetensors"
             (self.folder / shard.file).rename(self.folder / names[shard.file])
             weight_map |= dict.fromkeys(shard.tensors, names[shard.file])
+        digests = {names[file]: digest for file, digest in known.items()}
         config = {k: v for k, v in self.config.items() if k not in ("quantization_config", "transformers_weights")}
         if self.sparse:
             config["quantization_config"] = self.sparse.to_dict()
         write_json(self.folder / "config.json", config)
         if self.sparse:
-            write_json(self.folder / MANIFEST_NAME, self._manifest(manifest or {}))
+            write_json(self.folder / MANIFEST_NAME, self._manifest(manifest or {}, digests))
         write_json(self.folder / index_name, {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map})
         (self.folder / JOURNAL_NAME).unlink(missing_ok=True)
 
-    def _manifest(self, extra: dict[str, Any]) -> dict[str, Any]:
+    def _manifest(self, extra: dict[str, Any], digests: dict[str, str]) -> dict[str, Any]:
+        """``digests`` are the sha256 of files, by name, that need not be read again for them."""
         weights = {}
         for shard in self._shards:
             for name, entry in shard.weights.items():
                 weights[name] = {**entry, "sparsity": round(1 - entry["nnz"] / math.prod(entry["shape"]), 6)}
         files = {
-            str(file.relative_to(self.folder)): {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+            (name := str(file.relative_to(self.folder))): {
+                "bytes": file.stat().st_size,
+                "sha256": digests.get(name) or file_digest(file),
+            }
             for file in sorted(self.folder.rglob("*"))
             if file.is_file() and file.name != JOURNAL_NAME and not file.name.startswith(".")
         }

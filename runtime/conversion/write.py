@@ -22,6 +22,7 @@ from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import FormatError, SparseRTError, UserError
 from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.formats.wrapper import NAMES, Wrapper
+from sparse_rt.kernels import ops
 from sparse_rt.progress import Progress
 from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, Pruned, Schedule, SharedStats, reconstruct
 from sparse_rt.pruning.transposable import TransposableFormat
@@ -121,7 +122,7 @@ class Writing:
 
     def compress(self, decision: Decision, weight: Tensor, stats: ActivationStats | None) -> Compressed | None:
         """Prune ``weight``, in the stored dtype; None when it stays dense."""
-        plan, fmt = self.plan, get_format(decision.pattern)
+        plan, fmt, (m, n) = self.plan, get_format(decision.pattern), decision.shape
         new, mask, wrapper = self._prune(decision, weight, stats)
         nnz = int(mask.count_nonzero())
         if plan.options.method == "none" and fmt.default_sparsity is None and nnz > MAX_DENSITY * mask.numel():
@@ -132,7 +133,8 @@ class Writing:
             return None
         if wrapper is not None:
             wrapper = Wrapper(*(cast(decision.key, matrix, decision.dtype) for matrix in wrapper))
-        values, metadata = fmt.compress(new, mask)
+        metadata = fmt.pack_mask(mask)
+        values = ops.gather(new, metadata, decision.pattern, m, n, new.new_empty(fmt.values_shape(m, n, nnz)))
         return Compressed(decision.pattern, cast(decision.key, values, decision.dtype), metadata, wrapper)
 
     def note(self, decision: Decision, weight: Compressed, error: float | None = None) -> None:

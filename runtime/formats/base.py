@@ -123,13 +123,17 @@ class Format(ABC):
 
     def compress(self, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(weight [m, n], bool mask [m, n]) -> (values, metadata); the mask must be legal for the pattern."""
+        return self.kept_values(weight, mask), self.pack_mask(mask)
+
+    def kept_values(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """The elements of ``weight`` [m, n] where the bool ``mask`` is True, in the shape of the values."""
         m, n = weight.shape
         values, begin = weight.new_empty(int(mask.count_nonzero())), 0
         for rows in pieces(m, n):
             piece = weight[rows].masked_select(mask[rows])
             values[begin : begin + piece.numel()] = piece
             begin += piece.numel()
-        return values.view(self.values_shape(m, n, values.numel())), self.pack_mask(mask)
+        return values.view(self.values_shape(m, n, values.numel()))
 
     def decompress(self, values: Tensor, metadata: Tensor, m: int, n: int) -> Tensor:
         """(values, metadata) -> dense [m, n] in the dtype of the values, zeros elsewhere."""

@@ -78,32 +78,27 @@ def nm_mask_of(weight: Tensor, kept: int, group: int) -> Tensor:
     mask = torch.empty(m, n, dtype=torch.bool, device=weight.device)
     for rows in pieces(m, n):
         nonzero = weight[rows] != 0
-        wrong, filled = _filled(nonzero, kept, group)
-        if bool(wrong.any()):
+        mask[rows] = _filled(nonzero, kept, group)
+        if bool((nonzero > mask[rows]).any()):  # more than fit
             counts = nonzero.view(-1, n // group, group).sum(-1)
             row, index = (int(i) for i in (counts > kept).nonzero()[0])
             raise FormatError(
                 f"row {rows.start + row}, columns {index * group}..{index * group + group - 1} hold "
                 f"{int(counts[row, index])} nonzeros, the pattern {kept}:{group} allows {kept}; prune the weight first"
             )
-        mask[rows] = filled
     return mask
 
 
-def _filled(nonzero: Tensor, kept: int, group: int) -> tuple[Tensor, Tensor]:
-    """Where too many are nonzero, and ``nonzero`` [m, n] with the lowest zeros of a group added until ``kept`` are."""
+def _filled(nonzero: Tensor, kept: int, group: int) -> Tensor:
+    """``kept`` of every group of ``nonzero`` [m, n]: the lowest that are set, then the lowest others."""
     m, n = nonzero.shape
     if 8 % group:
-        groups = nonzero.view(m, n // group, group)
-        return groups.sum(-1) > kept, keep_highest(groups.to(torch.uint8), kept).view(m, n)
-    wrong, filled = _tables(kept, group, str(nonzero.device))
-    packed = pack_bits(nonzero).int()
-    return wrong[packed], unpack_bits(filled[packed], n)
+        return keep_highest(nonzero.view(m, n // group, group).to(torch.uint8), kept).view(m, n)
+    return _table(kept, group, str(nonzero.device))[pack_bits(nonzero).int()].view(torch.bool)[:, :n]
 
 
 @functools.lru_cache(maxsize=32)
-def _tables(kept: int, group: int, device: str) -> tuple[Tensor, Tensor]:
-    """``_filled`` of every byte of packed bits: bool and uint8 [256]."""
+def _table(kept: int, group: int, device: str) -> Tensor:
+    """``_filled`` of every byte of packed bits, its eight bytes in a 64-bit word: int64 [256]."""
     groups = unpack_bits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 8).view(256, -1, group)
-    wrong = (groups.sum(-1) > kept).any(1)
-    return wrong, pack_bits(keep_highest(groups.to(torch.uint8), kept).view(256, 8)).squeeze(1)
+    return keep_highest(groups.to(torch.uint8), kept).view(256, 8).view(torch.int64).squeeze(1)

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_rt.formats import get_format
 from sparse_rt.formats.wrapper import Wrapper
+from sparse_rt.kernels import ops
 from sparse_rt.nn import SparseLinear
 from sparse_rt.pruning.calibrate import BlockRunner
 
@@ -54,7 +54,7 @@ class Compressed:
 
     def dense(self, m: int, n: int) -> Tensor:
         """What a linear layer (m, n) multiplies with: [m, n] in the dtype of the values."""
-        core = get_format(self.pattern).decompress(self.values, self.metadata, m, n)
+        core = ops.decompress(self.values, self.metadata, self.pattern, m, n)
         return core if self.wrapper is None else self.wrapper.dense(core)
 
 

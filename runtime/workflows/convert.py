@@ -30,6 +30,7 @@ from sparse_rt.conversion import (
     ratios,
     read_structure,
     selfgen,
+    timing,
     write_weights,
 )
 from sparse_rt.conversion.crew import Crew, join, refuse_alone
@@ -101,7 +102,7 @@ def _convert(options: ConvertOptions, progress: Progress, crew: Crew, device: to
         alone = {"--reconstruct": options.reconstruct > 0, "--permute": options.permute, "--dataset self": sampled}
         refuse_alone(crew, alone | {"--ratios owl": options.ratios == "owl"})
         if options.dry_run:
-            return dry_run(plan) if crew.leads else None
+            return dry_run(plan, device, progress) if crew.leads else None
         if not plan.pruner.prunes:
             progress.stage("looking for zeros")
             refuse_unpruned(source, plan.decisions.values())
@@ -259,8 +260,8 @@ def report(plan: Plan, facts: dict[str, dict[str, Any]], writer: CheckpointWrite
     return {**result, "notes": plan.notes}
 
 
-def dry_run(plan: Plan) -> dict[str, Any]:
-    """The plan as a result: every decision, bytes before and after, coverage, and estimated peak memory."""
+def dry_run(plan: Plan, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """The plan as a result: every decision, bytes before and after, coverage, estimated peak memory and time."""
     modules = [
         {
             "name": d.name,
@@ -294,6 +295,11 @@ def dry_run(plan: Plan) -> dict[str, Any]:
             f"{len(plan.blocks)} blocks are read twice; the memory is that of pruning. Bytes of single weights will "
             "differ, their sum will not"
         )
+    memory = estimated_memory(plan)
+    progress.stage("timing this machine")
+    seconds = timing.seconds(plan, window_length(plan), device, Path(plan.options.output_dir).absolute())
+    if seconds is None:
+        notes.append("the time is not estimated with --reconstruct, --permute, --ratios owl and --dataset self")
     return {
         "dry_run": True,
         "source": source_facts(plan.source),
@@ -301,7 +307,8 @@ def dry_run(plan: Plan) -> dict[str, Any]:
         "modules": modules,
         **plan.totals(),
         "skipped": plan.skipped(),
-        "estimated_peak_memory_bytes": estimated_memory(plan),
+        "estimated_peak_memory_bytes": memory,
+        "estimated_seconds": seconds,
         "notes": notes,
     }
 

@@ -15,6 +15,7 @@ import helpers
 from sparse_rt import assets
 from sparse_rt.checkpoint import Checkpoint, partial_path
 from sparse_rt.config import ConvertOptions
+from sparse_rt.conversion import timing
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import FormatError, UserError
 from sparse_rt.formats import get_format
@@ -301,7 +302,7 @@ def test_patterns_stay_text_on_the_command_line(families, tmp_path):
         run(families["llama"], tmp_path / "yaml", overrides={"down_proj": 248})
 
 
-def test_dry_run_reads_headers_only(tmp_path):
+def test_dry_run_reads_headers_only(tmp_path, monkeypatch):
     """A 140 GB Llama of holes: one read of its data would take minutes and give a different plan than its header."""
     config = LlamaConfig(
         hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8,
@@ -314,6 +315,8 @@ def test_dry_run_reads_headers_only(tmp_path):
     for name, tensor in model.state_dict().items():
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.nbytes]}
         offset += tensor.nbytes
+    monkeypatch.setattr(timing, "COLUMNS", 256)  # short trials
+    monkeypatch.setattr(timing, "BLOCK_PRODUCTS", 1e10)
     text = json.dumps(header).encode()
     with (tmp_path / "big" / "model.safetensors").open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
@@ -330,6 +333,9 @@ def test_dry_run_reads_headers_only(tmp_path):
     memory = result["estimated_peak_memory_bytes"]
     assert memory["block"] == block and memory["activations"] == 2 * 128 * 2048 * 8192
     assert memory["total"] < 40e9
+    seconds = result["estimated_seconds"]
+    assert set(seconds) == {"forward", "prune", "disk", "total"} and min(seconds.values()) > 0
+    assert seconds["total"] == pytest.approx(sum(seconds.values()) / 2, abs=0.02)
     modules = {module["name"]: module for module in result["modules"]}
     assert len(modules) == 561 and modules["lm_head"]["reason"] == "ignored"
     assert [entry.name for entry in tmp_path.iterdir()] == ["big"]

@@ -19,6 +19,7 @@ CASES = {
     "magnitude": ({"method": "magnitude", "pattern": "unstructured"}, 14),
     "none": ({"method": "none", "pattern": "unstructured"}, 14),
     "sparsegpt": ({"method": "sparsegpt"}, 3),
+    "offloaded": ({"method": "wanda", "offload_activations": True}, 2),
     "reconstruct": ({"method": "magnitude", "reconstruct": 3}, 3),
     # gate_proj is written dense, but with its rows in another order
     "permute": ({"method": "ria", "permute": True, "reconstruct": 3, "ignore": ["lm_head", "gate_proj"]}, 3),
@@ -115,12 +116,18 @@ def test_killed_and_resumed_equals_uninterrupted(setting, tmp_path):
     for case in CASES:
         partial = partial_path(tmp_path / case)
         assert not (tmp_path / case).exists() and len(list(partial.glob("part-*.safetensors"))) >= 2
+        assert {file.name.partition("-")[0] for file in partial.iterdir()} == {"part", ".facts.jsonl", "progress.json"}
         progress = Interrupt()
         resumed = convert(options(setting, tmp_path / case, case, resume=True), progress)
         assert any(note.startswith("resuming: ") for note in progress.notes)
         straight = convert(options(setting, tmp_path / f"{case}-straight", case))
         assert digests(tmp_path / case) == digests(tmp_path / f"{case}-straight")
         assert not partial.exists()
+        if (
+            "offload_activations" in CASES[case][0]
+        ):  # where the activations were makes no difference, and leaves nothing
+            convert(options(setting, tmp_path / f"{case}-memory", case, offload_activations=False))
+            assert digests(tmp_path / case) == digests(tmp_path / f"{case}-memory")
         differing = {"seconds", "peak_memory_bytes", "output_dir"}
         assert {k: v for k, v in resumed.items() if k not in differing} == {
             k: v for k, v in straight.items() if k not in differing
