@@ -11,8 +11,8 @@ tokens of the shipped calibration text; perplexity is that of the compressed mod
 held-out text, in windows of 512 tokens, as in quality.py (which calibrates on 128 sequences of 512).
 
 Each cell has a process of its own, on one thread, forked from a server that has imported everything: its seconds are
-those of `convert`, its memory what `convert` took at its worst above what the process had before. Cells that the output
-file holds already are skipped; with ``--jobs`` several run at once, which seconds feel when cores are short.
+the processor time of `convert`, its memory what `convert` took at its worst above what the process had before. Cells
+that the output file holds already are skipped.
 """
 
 from __future__ import annotations
@@ -105,12 +105,13 @@ def pruned_model(cell: Cell, folder: Path) -> dict[str, Any]:
     # What the libraries keep once they have run counts for no method: a short conversion makes them take it before.
     small = {"method": "wanda", "num_samples": 1, "max_seq_len": 8}
     convert(ConvertOptions.build(output_dir=folder.with_name("first"), model=chosen["model"], **small))
-    before = status_bytes("VmRSS")
+    before, start = status_bytes("VmRSS"), time.process_time()
     reset_peak()
     result = convert(wanted)
-    names = ("mean_sparsity", "mean_reconstruction_error", "seconds", "compressed_bytes")
+    seconds, peak = time.process_time() - start, status_bytes("VmHWM") - before
+    names = ("mean_sparsity", "mean_reconstruction_error", "compressed_bytes")
     facts = {name: result[name] for name in names if name in result}
-    return facts | {"peak_bytes": status_bytes("VmHWM") - before}
+    return facts | {"seconds": round(seconds, 2), "peak_bytes": peak}
 
 
 def _measured(cell: Cell) -> tuple[Cell, dict[str, Any] | None, str]:

@@ -56,7 +56,7 @@ def table(rows: Rows, variant: str) -> str:
             seconds, peak = (max(row[name] for row in found) for name in ("seconds", "peak_bytes"))
             shown = [f"{row['perplexity']:.2f}" if measured(row) else "-" for row in own]
             body.append((method, *shown, f"{seconds:.1f}", f"{peak / 1e6:.0f}"))
-    return markdown_table(["method", *map(title, targets), "seconds>", "MB>"], body)
+    return markdown_table(["method", *map(title, targets), "CPU seconds>", "MB>"], body)
 
 
 def bars(rows: Rows) -> list[tuple[bool | None, str]]:
