@@ -9,13 +9,14 @@ own, which first converts a tiny model, so that what libraries load and keep is 
 resident memory, mapped files included, over what the process had then. "bar" is the largest block, the activations and
 a shard, and 15 % more; what pruning one weight takes besides (and the second moments of SparseGPT with their factors)
 is in "estimate" only, and weighs more the smaller the model is. The estimated seconds are those of --dry-run in the
-same process just before.
+same process just after.
 
 One JSON row per method and number of blocks. ``--plot`` draws all rows of the output file.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -52,12 +53,13 @@ def measure(model: str, tiny: str, method: str, options: dict[str, Any], threads
         given = dict(method=method, **options)
         convert(ConvertOptions.build(model=tiny, output_dir=Path(room) / "tiny", **given))
         wanted = ConvertOptions.build(model=model, output_dir=Path(room) / "out", **given)
-        planned = convert(wanted.model_copy(update={"dry_run": True}))
+        gc.collect()
         release()
         before, neighbours = status_bytes("VmRSS"), Neighbours()
         reset_peak()
         done = convert(wanted)
-        peak = status_bytes("VmHWM") - before
+        peak, busy = status_bytes("VmHWM") - before, neighbours.busy_cores()
+        planned = convert(wanted.model_copy(update={"dry_run": True, "overwrite": True}))
     parts = {name: size for name, size in planned["estimated_peak_memory_bytes"].items() if name != "total"}
     process = parts.pop("process")
     return {
@@ -72,7 +74,7 @@ def measure(model: str, tiny: str, method: str, options: dict[str, Any], threads
         "seconds": done["seconds"],
         "estimated_seconds": planned["estimated_seconds"],
         "dense_bytes": done["dense_bytes"],
-        "busy_cores": neighbours.busy_cores(),
+        "busy_cores": busy,
     }
 
 
