@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 
 from sparse_rt.conversion.detect import AUTO
-from sparse_rt.conversion.plan import Decision, Plan
+from sparse_rt.conversion.memory import release
+from sparse_rt.conversion.plan import Plan
 from sparse_rt.formats import Format, check_finite, get_format, normalize_zeros
 from sparse_rt.kernels import ops
 from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed
 from sparse_rt.pruning.base import Pruned
 
-# A trial of a block multiplies about this often (a second or so on a core), one of a weight has this many columns.
+# A trial of a block multiplies about this often: a second or so on a core. One of a weight has as many columns at most,
+# and these numbers of elements: enough not to stay in a cache, and to come from the system as whole weights do.
 BLOCK_PRODUCTS, COLUMNS = 5e10, 2048
-ROWS = 64, 256
+ELEMENTS = 1 << 18, 1 << 20
 DISK_BYTES = 32 << 20
 
 
@@ -112,18 +114,17 @@ def _prune(plan: Plan, device: torch.device) -> float:
         width = min(n, COLUMNS // (fmt.group or 1) * (fmt.group or 1))
         key = width, dtype, pattern
         if key not in tried:
-            few, more = (_trial(plan, fmt, rows, width, dtype, examples[kind], device) for rows in ROWS)
-            each = max((more - few) / (ROWS[1] - ROWS[0]), 0.0)
-            tried[key] = max(few - ROWS[0] * each, 0.0), each
+            rows = [max(1 + number, size // width) for number, size in enumerate(ELEMENTS)]
+            few, more = (_trial(plan, fmt, count, width, dtype, device) for count in rows)
+            each = max((more - few) / (rows[1] - rows[0]), 0.0)
+            tried[key] = max(few - rows[0] * each, 0.0), each
         once, each = tried[key]
         gram = plan.pruner.needs_gram
         total += count * (once * (n / width) ** (3 if gram else 1) + m * each * (n / width) ** (2 if gram else 1))
     return total
 
 
-def _trial(
-    plan: Plan, fmt: Format, rows: int, n: int, dtype: torch.dtype, decision: Decision, device: torch.device
-) -> float:
+def _trial(plan: Plan, fmt: Format, rows: int, n: int, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds from a dense weight (rows, n) to what is stored, as conversion/write.py does it."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, n, generator=generator)
@@ -148,8 +149,10 @@ def _trial(
             after = stored.dense(rows, n)
             if stats is not None:
                 stats.reconstruction_error(dense, after)
+        del dense, pruned, values, stored
+        release()
 
-    return _timed(work, device)
+    return _timed(work, device, repeats=1 if plan.pruner.needs_gram else 3)
 
 
 def _digest(tensor: Tensor) -> None:
