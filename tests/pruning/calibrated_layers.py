@@ -4,6 +4,8 @@ import torch
 
 from sparse_rt.pruning import ActivationStats
 
+DEAD = 3  # the input that ``layer`` keeps at zero
+
 
 def correlated_inputs(sequences=6, tokens=48, n=64, seed=0):
     """Inputs with correlated columns and a few loud ones, as in language models."""
@@ -12,6 +14,14 @@ def correlated_inputs(sequences=6, tokens=48, n=64, seed=0):
     scale = torch.ones(n)
     scale[:: n // 8] = 6.0
     return [torch.randn(tokens, n, generator=generator) @ mix * scale for _ in range(sequences)]
+
+
+def layer(m=24, n=64, seed=0):
+    """(weight, inputs) with one dead input."""
+    inputs = correlated_inputs(n=n, seed=seed)
+    for x in inputs:
+        x[:, DEAD] = 0
+    return torch.randn(m, n), inputs
 
 
 def stats_of(inputs):

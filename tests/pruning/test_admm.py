@@ -3,22 +3,13 @@
 import pytest
 import torch
 
-from calibrated_layers import correlated_inputs, gram_of, least_squares, output_error, stats_of
+from calibrated_layers import DEAD, correlated_inputs, gram_of, layer, least_squares, output_error, stats_of
 from sparse_rt.errors import SparseRTError, UserError
 from sparse_rt.formats import get_format
 from sparse_rt.pruning import admm, get_pruner, known_repairs
 
 PATTERNS = ("2:4", "4:8", "1:4", "3:32", "unstructured")
 CASES = [("2:4", None), ("3:32", None), ("unstructured", 0.6)]
-DEAD = 3
-
-
-def layer(m=24, n=64, seed=0):
-    """(weight, inputs) with one dead input."""
-    inputs = correlated_inputs(n=n, seed=seed)
-    for x in inputs:
-        x[:, DEAD] = 0
-    return torch.randn(m, n), inputs
 
 
 def scaled(weight, gram):
