@@ -45,6 +45,9 @@ SCRIPT = textwrap.dedent(
         assert os.wait()[1] == 0
     """
 )
+# What the allocator keeps from before, or gives back late: seen as 7 MB between two runs of one conversion. The
+# benchmark (conversion_memory.py) has larger weights, and a process for each conversion.
+ALLOCATOR = 8 << 20
 CASES = {
     "magnitude": dict(method="magnitude", pattern="unstructured"),
     "wanda": dict(method="wanda"),
@@ -78,8 +81,9 @@ def measured(tmp_path_factory):
 
 @pytest.mark.parametrize("method", CASES)
 def test_the_estimate_is_near_the_peak(measured, method):
+    """Within 20 %, beside the allocator's part."""
     peak, estimate = measured[method]
-    assert estimate / 1.2 < peak < estimate * 1.2, (peak, estimate)
+    assert abs(peak - estimate) < 0.2 * estimate + ALLOCATOR, (peak, estimate)
 
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
