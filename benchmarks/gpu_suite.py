@@ -51,11 +51,11 @@ CHECKS = dict.fromkeys(
     0.35,
 )
 SPEED = {
-    "decode": 0.46,
-    "prefill": 0.55,
-    "training": 0.62,
-    "cost": 0.70,
-    "experts": 0.77,
+    "decode": 0.42,
+    "prefill": 0.48,
+    "training": 0.54,
+    "cost": 0.62,
+    "experts": 0.75,
     "generate": 0.89,
     "decode-more": 0.94,
     "prefill-more": 0.97,

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_suite_table.py results/gpu_suite.jsonl              # print the table
     python benchmarks/gpu_suite_table.py results/gpu_suite.jsonl --install    # into kernels/triton/configs/<gpu>.json
+    python benchmarks/gpu_suite_table.py results/gpu_suite.jsonl --second-form    # memory for faster prefill: below
 
 gpu_suite.py does both by itself. A number of tokens counts as won when, on every shape of at least a size, nine of ten
 turns were faster than the way without the kernel (``scratch_ratio``, 10th percentile above 1). A kernel gets a run of
@@ -9,8 +10,9 @@ won numbers of tokens, for few tokens from the smallest measured number on; what
 for a sparsity hold from one hundredth below it up to the next one.
 
 cuSPARSELt needs a form of its own. It replaces all others where it won at every measured number of tokens and no other
-kernel was faster; otherwise it is a second form beside mma_sp, 2.25 bytes a weight against the 2 of the dense one, and
-is taken only where it won by ``SECOND_FORM_GAIN``. Whoever commits the table decides whether that is wanted.
+kernel was faster. Otherwise it could be a second form beside mma_sp, 2.25 bytes a weight against the 2 of the dense
+one. That is a sparse model larger than the dense one, so only ``--second-form`` writes it, where it won by
+``SECOND_FORM_GAIN``.
 
 Experts have no row: nothing can take the place of their kernel. What was measured of them stands beside the versions.
 """
@@ -45,7 +47,7 @@ SLACK = 0.01  # a weight pruned to 50 % has 49.9 % zeros as often as 50.1 %
 FOLDER = Path(__file__).resolve().parents[1] / "kernels" / "triton" / "configs"
 
 
-def table(rows: list[Row]) -> Row:
+def table(rows: list[Row], second_form: bool = False) -> Row:
     """The content of configs/<gpu>.json; launch configurations of a file that is there stay."""
     environment = next((row for row in rows if row["kind"] == "environment"), {})
     gpu = environment.get("gpu") or "no GPU"
@@ -60,7 +62,7 @@ def table(rows: list[Row]) -> Row:
     }
     points = measured_points(rows)
     found = {kernel: kernel_rows(kernel, points) for kernel in dispatch.KERNELS if kernel != "cslt"}
-    found["cslt"] = library_rows(rows, points)
+    found["cslt"] = library_rows(rows, points, second_form)
     return {
         "gpu": gpu,
         "kernels": configs.read(configs.file_name(gpu)).get("kernels", {}),
@@ -129,8 +131,8 @@ def won_run(found: dict[tuple[int, int], bool], size: int, from_the_first: bool)
     return (best[0], best[-1]) if best else None
 
 
-def library_rows(rows: list[Row], points: dict[tuple, dict[tuple[int, int], bool]]) -> list[Row]:
-    """cuSPARSELt: alone, beside mma_sp, or not at all."""
+def library_rows(rows: list[Row], points: dict[tuple, dict[tuple[int, int], bool]], second_form: bool) -> list[Row]:
+    """cuSPARSELt: alone, beside mma_sp (``second_form``), or not at all."""
     good = [row for row in rows if not row.get("error") and row.get("path") in ("cslt", "mma_sp") and "us" in row]
     mine = [row for row in good if row["path"] == "cslt"]
     found = kernel_rows("cslt", points)
@@ -142,6 +144,8 @@ def library_rows(rows: list[Row], points: dict[tuple, dict[tuple[int, int], bool
     if fastest and {1, 16} <= few:
         smallest = min(row["m"] * row["n"] for row in mine)
         return [{"pattern": "2:4", "weights": smallest, "tokens": None, "replaces": True}]
+    if not second_form:
+        return []
     many = [row for row in mine if row["kind"] == "prefill"]
     kept = []
     for part in kernel_rows("cslt", {key: only_many(value, many) for key, value in points.items()}):
@@ -166,9 +170,9 @@ def only_many(found: dict[tuple[int, int], bool], many: list[Row]) -> dict[tuple
     return {place: won for place, won in found.items() if place[1] in numbers}
 
 
-def write(rows: list[Row], folder: Path) -> Path:
+def write(rows: list[Row], folder: Path, second_form: bool = False) -> Path:
     """The table as ``folder``/<gpu>.json."""
-    content = table(rows)
+    content = table(rows, second_form)
     wrong = dispatch.problems(content)
     if wrong:
         raise ValueError(f"the table that was made is wrong: {wrong[0]}")
@@ -201,12 +205,13 @@ def described(content: Row) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    paths = [argument for argument in arguments if argument != "--install"]
+    flags = [argument for argument in arguments if argument in ("--install", "--second-form")]
+    paths, second_form = [argument for argument in arguments if argument not in flags], "--second-form" in flags
     rows = [json.loads(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if "--install" in arguments:
-        print(write(rows, FOLDER))
+    if "--install" in flags:
+        print(write(rows, FOLDER, second_form))
     else:
-        print(text(table(rows)), end="")
+        print(text(table(rows, second_form)), end="")
 
 
 if __name__ == "__main__":

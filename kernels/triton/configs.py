@@ -21,6 +21,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any
@@ -69,7 +70,20 @@ def config(kernel: str, m: int, n: int, tokens: int, device: torch.device | None
 
     ``defaults`` are the options that the files do not give. A new dictionary every time.
     """
-    return {**defaults, **_options(gpu_name(device), kernel, m, n, tokens)}
+    return {**defaults, **(_tried.get(kernel) or _options(gpu_name(device), kernel, m, n, tokens))}
+
+
+_tried: dict[str, dict[str, Any]] = {}
+
+
+@contextmanager
+def tried(kernel: str, options: dict[str, Any]) -> Iterator[None]:
+    """``kernel`` is launched with ``options`` whatever the files say: for timing them (benchmarks/gpu_tune.py)."""
+    _tried[kernel] = options
+    try:
+        yield
+    finally:
+        del _tried[kernel]
 
 
 def shipped(kernel: str) -> list[dict[str, Any]]:
@@ -112,6 +126,12 @@ def gpu_name(device: torch.device | None = None) -> str:
     if device.type != "cuda":
         return DEFAULT
     return _gpu_name(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for the interpreter's CPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @functools.cache

@@ -16,13 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sparse_rt.kernels.triton import configs
-from sparse_rt.kernels.triton.d4_layout import ROWS, SLOTS, TOKENS, Sections, anchor_dtype
+from sparse_rt.kernels.triton.d4_layout import BITS, PIECE_BYTES, ROWS, SLOTS, TOKENS, Sections, anchor_dtype
 from sparse_rt.kernels.triton.language import cast
 from sparse_rt.kernels.triton.tiles import on_device
 
-# STAGES: rounds whose weights are on the way to shared memory. 1 saves instructions (9.6 against 11.1 a kept weight on
-# sm_90) but leaves the latency of memory to the number of warps.
-DEFAULTS = {"d4": dict(STAGES=3, num_warps=8, num_stages=1), "d4_expand": dict(num_warps=8, num_stages=1)}
+# Warps on a multiprocessor, up to 4 tokens and beyond: where there are few programs, each has more warps. Measured on
+# an H100, four shapes and three sparsities (benchmarks/gpu_tune.py).
+WARPS, WARPS_OF_MANY_TOKENS = 32, 16
+MOST_WARPS = 16
+# EACH: slots that a lane writes in a round. By columns, at most: 8 rows of more take more than the second-level cache.
+EXPAND = {8192: dict(EACH=8, num_warps=16, num_stages=1), None: dict(EACH=16, num_warps=16, num_stages=1)}
+_ONCE = tl.constexpr("evict_first")
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -50,16 +54,17 @@ def _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, q, count, dtype: tl.c
     """(gaps, anchors, values) of groups q: [GROUPS], and a tuple of words [GROUPS, 4], 16 bytes of values each.
 
     ``stride`` words lie between two pieces of 16 bytes of a group. Groups from ``count`` on are zeros.
+    Weights are read once, so they are the first to leave the caches, in which x stays.
     """
     live = q < count
-    gaps = tl.load(gaps_ptr + q, mask=live, other=0)
-    anchors = tl.load(anchors_ptr + q, mask=live, other=0)
+    gaps = tl.load(gaps_ptr + q, mask=live, other=0, eviction_policy=_ONCE)
+    anchors = tl.load(anchors_ptr + q, mask=live, other=0, eviction_policy=_ONCE)
     at = words_ptr + q[:, None] * 4 + tl.arange(0, 4)[None, :]
-    first = tl.load(at, mask=live[:, None], other=0)
-    second = tl.load(at + stride, mask=live[:, None], other=0)
+    first = tl.load(at, mask=live[:, None], other=0, eviction_policy=_ONCE)
+    second = tl.load(at + stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
     if dtype == tl.float32:
-        third = tl.load(at + 2 * stride, mask=live[:, None], other=0)
-        fourth = tl.load(at + 3 * stride, mask=live[:, None], other=0)
+        third = tl.load(at + 2 * stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
+        fourth = tl.load(at + 3 * stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
         return gaps, anchors, first, second, third, fourth
     else:
         return gaps, anchors, first, second, first, second
@@ -148,7 +153,6 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     """y [tokens, m] = x W^T + bias for the rows of one block and T tokens.
 
@@ -169,16 +173,19 @@ def gemv_kernel(
     lane = tl.arange(0, GROUPS)
     low = tl.zeros((GROUPS, W), dtype=tl.float32)
     high = tl.zeros((GROUPS, W), dtype=tl.float32)
-    for done in tl.range(0, count, GROUPS, num_stages=STAGES):
-        gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, done + lane, count, dtype)
+    gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, lane, count, dtype)
+    for done in range(GROUPS, count + GROUPS, GROUPS):
         x_ptrs = x_ptr + (_columns(anchors) * W)[:, None] + tl.arange(0, W)[None, :]
         if dtype == tl.float32:
             first, second = _values(a, b, GROUPS, dtype), _values(c, d, GROUPS, dtype)
         else:
             first, second = _values(a, a, GROUPS, dtype), _values(b, b, GROUPS, dtype)
-        low, high, ahead = _add_half(low, high, x_ptrs, gaps.to(tl.uint32), first, W, dtype, PAIRS)
+        near, far = gaps.to(tl.uint32), (gaps >> 32).to(tl.uint32)
+        # The next groups are asked for before x of these: a warp has a group a lane on the way all the time.
+        gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, done + lane, count, dtype)
+        low, high, ahead = _add_half(low, high, x_ptrs, near, first, W, dtype, PAIRS)
         x_ptrs += (ahead * W)[:, None]
-        low, high, _ = _add_half(low, high, x_ptrs, (gaps >> 32).to(tl.uint32), second, W, dtype, PAIRS)
+        low, high, _ = _add_half(low, high, x_ptrs, far, second, W, dtype, PAIRS)
     _finish(low, high, rows_ptr, bias_ptr, y_ptr, block, first_token, m, tokens, T, W, ROWS, GROUPS, HAS_BIAS)
 
 
@@ -214,30 +221,19 @@ def _finish(
 
 
 @triton.jit
-def _store(out_ptrs, sums, pair: tl.constexpr, value):
-    """Fillers are +0.0 and may lie on the column of a kept weight: only what has a bit set is written."""
-    ahead = ((sums >> (8 * pair)) & 255).to(tl.int32)
-    kept = value.to(tl.int32, bitcast=True) != 0
-    tl.store(out_ptrs + ahead, value.to(out_ptrs.dtype.element_ty), mask=kept)
-
-
-@triton.jit
-def _store_half(out_ptrs, word, v):
-    even, odd = _running_sums(word)
-    _store(out_ptrs, even, 0, v[0])
-    _store(out_ptrs, odd, 0, v[1])
-    _store(out_ptrs, even, 1, v[2])
-    _store(out_ptrs, odd, 1, v[3])
-    _store(out_ptrs, even, 2, v[4])
-    _store(out_ptrs, odd, 2, v[5])
-    _store(out_ptrs, even, 3, v[6])
-    _store(out_ptrs, odd, 3, v[7])
-    return (odd >> 24).to(tl.int32)
+def _ahead(gaps, slot):
+    """Columns from the anchor of a group to one of its slots: gaps int64 [N, K], slot int32 [N, 1] -> int32 [N, K]."""
+    near, far = gaps.to(tl.uint32), (gaps >> 32).to(tl.uint32)
+    _, near_odd = _running_sums(near)
+    even, odd = _running_sums(tl.where(slot < 8, near, far))
+    sums = tl.where(slot % 2 == 0, even, odd)
+    ahead = ((sums >> (slot % 8 // 2 * 8).to(tl.uint32)) & 255).to(tl.int32)
+    return ahead + tl.where(slot < 8, 0, (near_odd >> 24).to(tl.int32))
 
 
 @triton.jit
 def expand_kernel(
-    words_ptr,
+    bits_ptr,
     gaps_ptr,
     anchors_ptr,
     starts_ptr,
@@ -246,30 +242,46 @@ def expand_kernel(
     m,
     n,
     groups,
-    dtype: tl.constexpr,
     ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PIECE: tl.constexpr,
+    EACH: tl.constexpr,
+    WARPS: tl.constexpr,
 ):
-    """Write the kept weights of one block of rows into out [m, n], which is all zeros."""
+    """Write one block of rows of the dense weight, values as integers of their size: zeros, then what is kept.
+
+    The slots of a group are neighbouring lanes: what they write lies in a few sectors of 32 bytes. (One group a lane,
+    as in the product, wrote a sector for every weight: 550 us more than this for 14336 x 4096 on an H100.)
+    """
+    GROUPS: tl.constexpr = EACH * WARPS * 32 // SLOTS
+    CLEARED: tl.constexpr = PIECE * 32 * WARPS  # columns of a row that are set to zero at a time
     block = tl.program_id(0)
     start = tl.multiple_of(tl.load(starts_ptr + block), ROWS)
     count = (tl.load(starts_ptr + block + 1) - start).to(tl.int32)
-    stride = tl.multiple_of(groups.to(tl.int64) * 4, ROWS * 4)
-    words_ptr += start * 4
+    for rank in tl.static_range(ROWS):
+        if block * ROWS + rank < m:
+            row = tl.load(rows_ptr + block * ROWS + rank).to(tl.int64)
+            for first in range(0, n, CLEARED):
+                column = first + tl.arange(0, CLEARED)
+                zeros = tl.zeros((CLEARED,), dtype=out_ptr.dtype.element_ty)
+                tl.store(out_ptr + row * n + column, zeros, mask=column < n)
+    tl.debug_barrier()
+    lane = tl.arange(0, 32 * WARPS)[:, None]
+    group, slot = lane // SLOTS, lane % SLOTS
+    group += tl.arange(0, EACH)[None, :] * (GROUPS // EACH)
+    bits_ptr += start * PIECE + slot // PIECE * (groups.to(tl.int64) * PIECE) + slot % PIECE
     gaps_ptr += start
     anchors_ptr += start
-    lane = tl.arange(0, GROUPS)
-    ranks = block * ROWS + lane % ROWS
+    ranks = block * ROWS + group % ROWS
     rows = tl.load(rows_ptr + ranks, mask=ranks < m, other=0).to(tl.int64)
     for done in range(0, count, GROUPS):
-        gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, done + lane, count, dtype)
-        out_ptrs = out_ptr + rows * n + _columns(anchors)
-        if dtype == tl.float32:
-            first, second = _values(a, b, GROUPS, dtype), _values(c, d, GROUPS, dtype)
-        else:
-            first, second = _values(a, a, GROUPS, dtype), _values(b, b, GROUPS, dtype)
-        out_ptrs += _store_half(out_ptrs, gaps.to(tl.uint32), first)
-        _store_half(out_ptrs, (gaps >> 32).to(tl.uint32), second)
+        q = done + group
+        live = q < count
+        gaps = tl.load(gaps_ptr + q, mask=live, other=0)
+        column = _columns(tl.load(anchors_ptr + q, mask=live, other=0)) + _ahead(gaps, slot)
+        bits = tl.load(bits_ptr + q * PIECE, mask=live, other=0)
+        # Fillers are +0.0 and may lie on the column of a kept weight: only what has a bit set is written.
+        tl.store(out_ptr + rows * n + column, bits, mask=live & (bits != 0))
 
 
 def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> Tensor:
@@ -288,7 +300,8 @@ def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> 
         flat = F.pad(flat, (0, 0, 0, passes * together - tokens)) if tokens % together else flat
         flat = flat.view(passes, together, n).transpose(1, 2).contiguous().view(-1)
         flat = flat if x.dtype == torch.float32 else flat.view(torch.int32)
-    options = _options(configs.config("d4", m, n, tokens, x.device, **DEFAULTS["d4"]), together, x.dtype)
+    warps = fitting_warps(weight.blocks, together, configs.processors(x.device))
+    options = configs.config("d4", m, n, tokens, x.device, num_warps=warps, num_stages=1)
     with on_device(x):
         gemv_kernel[(weight.blocks * passes,)](
             flat.contiguous(),
@@ -314,30 +327,32 @@ def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> 
     return y
 
 
-def _options(options: dict, tokens: int, dtype: torch.dtype) -> dict:
-    """STAGES for one token of 2 bytes only: Triton copies what a loop loads ahead of time into shared memory, weights
-    of later rounds as it should, but x too as soon as an element of it is 4 bytes long."""
-    return options if tokens == 1 and dtype.itemsize == 2 else {**options, "STAGES": 1}
+def fitting_warps(blocks: int, tokens: int, processors: int) -> int:
+    """Warps of a program: a power of two that gives all multiprocessors ``WARPS`` at a time."""
+    wanted = (WARPS if tokens < TOKENS else WARPS_OF_MANY_TOKENS) * processors // max(1, blocks)
+    return 1 << min(max(wanted, 1), MOST_WARPS).bit_length() - 1
 
 
 def expand(weight: Sections, m: int, n: int, out: Tensor) -> Tensor:
     """Fill the contiguous ``out`` [m, n], of the dtype that was packed, with the dense weight."""
-    out.zero_()
-    options = configs.config("d4_expand", m, n, 0, out.device, **DEFAULTS["d4_expand"])
+    default = next(options for limit, options in EXPAND.items() if limit is None or n <= limit)
+    options = configs.config("d4_expand", m, n, 0, out.device, **default)
+    bits = BITS[out.element_size()]
     with on_device(out):
         expand_kernel[(weight.blocks,)](
-            weight.values.view(torch.int32),
+            weight.values.view(bits),
             weight.gaps,
             weight.anchors,
             weight.starts,
             weight.rows,
-            out,
+            out.view(bits),
             m,
             n,
             weight.groups,
-            dtype=FLOATS[out.dtype],
             ROWS=ROWS,
-            GROUPS=32 * options["num_warps"],
+            SLOTS=SLOTS,
+            PIECE=weight.values.shape[2],
+            WARPS=options["num_warps"],
             **options,
         )
     return out
@@ -349,11 +364,12 @@ COUNTED_AT = 2
 
 def compile_specs() -> list[configs.Spec]:
     """Every number of tokens in bfloat16, every shipped configuration, other dtypes and wide columns once."""
-    default = DEFAULTS["d4"]
-    specs = [_spec("d4", torch.bfloat16, tokens, default) for tokens in (1, 2, 4, 8)]
-    specs += [_spec("d4", torch.float16, 1, default), _spec("d4", torch.float32, 8, default)]
-    specs.append(_spec("d4", torch.bfloat16, 1, default, columns=1 << 17))
-    specs += [_spec("d4_expand", dtype, 1, DEFAULTS["d4_expand"]) for dtype in (torch.bfloat16, torch.float32)]
+    few, many = (dict(num_warps=warps, num_stages=1) for warps in (2, MOST_WARPS))
+    specs = [_spec("d4", torch.bfloat16, tokens, options) for tokens in (1, 2, 4, 8) for options in (few, many)]
+    specs += [_spec("d4", torch.float16, 1, many), _spec("d4", torch.float32, 8, few)]
+    specs.append(_spec("d4", torch.bfloat16, 1, few, columns=1 << 17))
+    for options in EXPAND.values():
+        specs += [_spec("d4_expand", dtype, 1, options) for dtype in (torch.bfloat16, torch.float32)]
     for kernel, numbers in (("d4", (1, 2, 4, 8)), ("d4_expand", (1,))):
         for options in configs.shipped(kernel):
             specs += [_spec(kernel, torch.bfloat16, tokens, options, shipped=True) for tokens in numbers]
@@ -367,14 +383,19 @@ def _spec(
     anchors = "*i16" if anchor_dtype(columns) == torch.int16 else "*i32"
     signature = {"words_ptr": "*i32", "gaps_ptr": "*i64", "anchors_ptr": anchors, "starts_ptr": "*i64"}
     signature |= {"rows_ptr": "*i32", "m": "i32", "n": "i32", "groups": "i32"}
-    sizes = {"dtype": FLOATS[dtype], "ROWS": ROWS, "GROUPS": 32 * options["num_warps"]}
+    sizes: dict = {"ROWS": ROWS}
     if kernel == "d4":
-        options = _options(options, tokens, dtype)
         words = "*i32" if tokens > 1 and dtype.itemsize == 2 else f"*{kind}"
         signature |= {"x_ptr": words, "bias_ptr": f"*{kind}", "y_ptr": f"*{kind}", "tokens": "i32", "passes": "i32"}
-        sizes |= {"T": tokens, "HAS_BIAS": True}
+        sizes |= {"T": tokens, "HAS_BIAS": True, "dtype": FLOATS[dtype], "GROUPS": 32 * options["num_warps"]}
+        weights = 32 * options["num_warps"] * SLOTS * COUNTED_AT
     else:
-        signature |= {"out_ptr": f"*{kind}"}
+        bits = f"*i{8 * dtype.itemsize}"
+        signature = {name: type_ for name, type_ in signature.items() if name != "words_ptr"}
+        signature |= {"bits_ptr": bits, "out_ptr": bits}
+        sizes |= {"SLOTS": SLOTS, "PIECE": PIECE_BYTES // dtype.itemsize}
+        sizes |= {"WARPS": options["num_warps"]}
+        weights = options["EACH"] * 32 * options["num_warps"] * COUNTED_AT
     given = ",".join(f"{name.lower()}{value}" for name, value in options.items() if name != "num_stages")
     return configs.Spec(
         name=f"{kernel}[{kind},{f't{tokens},' if kernel == 'd4' else ''}{anchors[1:]},{given}]",
@@ -383,6 +404,6 @@ def _spec(
         constexprs={**sizes, **configs.constexprs(options)},
         num_warps=options["num_warps"],
         num_stages=options["num_stages"],
-        weights_per_iteration=32 * options["num_warps"] * SLOTS * COUNTED_AT,
+        weights_per_iteration=weights,
         config=kernel if shipped else "",
     )

@@ -13,8 +13,6 @@ interpreter, so tests/kernels/triton runs its PTX. ``expand`` is plain Triton.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -30,8 +28,9 @@ from sparse_rt.kernels.triton.fragments import COLUMNS, DTYPES, ROWS, TILES, sha
 
 MAX_TOKENS = 16
 MAX_WARPS = 16
-# By tokens, at most. A multiprocessor holds two programs of 8 warps with 124 registers, three of 4 warps with 132.
-DEFAULTS = {8: dict(ROW_TILES=1, num_warps=8), 16: dict(ROW_TILES=1, num_warps=4)}
+# Measured on an H100, four shapes (benchmarks/gpu_tune.py): two row tiles share x, which pays from 9 tokens on where
+# there are programs enough, with fewer warps where there are many.
+DEFAULTS = (dict(ROW_TILES=1, num_warps=4), dict(ROW_TILES=2, num_warps=4), dict(ROW_TILES=2, num_warps=2))
 
 _COLUMNS = tl.constexpr(COLUMNS)
 _TILES = tl.constexpr(TILES)
@@ -334,8 +333,9 @@ def linear(x: Tensor, fragments: Tensor, metadata: Tensor, bias: Tensor | None, 
     if tokens == 0:
         return y
     flat = _aligned(x.detach().reshape(tokens, n))
-    options = configs.config("mma_sp", m, n, tokens, x.device, **DEFAULTS[8 if tokens <= 8 else 16])
-    plan = launch_plan(m, n, tokens, options, _processors(x.device))
+    processors = configs.processors(x.device)
+    options = configs.config("mma_sp", m, n, tokens, x.device, **default_options(m, tokens, processors))
+    plan = launch_plan(m, n, tokens, options, processors)
     split = plan.pop("SPLIT")
     parts = y if split == 1 else scratch.buffer("mma_sp", (split, tokens, m), torch.float32, x.device)
     with torch.cuda.device(x.device):
@@ -362,21 +362,31 @@ def linear(x: Tensor, fragments: Tensor, metadata: Tensor, bias: Tensor | None, 
     return y
 
 
+def default_options(m: int, tokens: int, processors: int) -> dict:
+    """Which of ``DEFAULTS`` a product gets that no file names."""
+    row_tiles = -(-m // ROWS)
+    if tokens <= 8 or row_tiles < processors:
+        return DEFAULTS[0]
+    return DEFAULTS[1 if row_tiles < 4 * processors else 2]
+
+
 def launch_plan(m: int, n: int, tokens: int, options: dict, processors: int) -> dict:
     """Programs, SPLIT and the kernel's other options for a product.
 
-    Where rows are too few for a program on every multiprocessor, programs get more warps, then (without a "SPLIT" in
-    ``options``) columns are split, never finer than a unit a warp. Warps that would have no unit are left out.
+    Where there is a program for fewer than a quarter of the multiprocessors, programs get more warps, then (without a
+    "SPLIT" in ``options``) columns are split, never finer than a unit a warp: a split costs another kernel, and was
+    slower for 64 programs on 132 multiprocessors. Warps that would have no unit are left out.
     """
     row_tiles, units = -(-m // ROWS), -(-n // COLUMNS)
     warps = options["num_warps"]
     while warps > units:
         warps //= 2
     programs, token_tiles = triton.cdiv(row_tiles, options["ROW_TILES"]), 1 if tokens <= 8 else 2
-    # A split costs another kernel. More warps than these would not leave a lane its registers.
-    while programs < processors and 2 * warps <= min(units, MAX_WARPS // token_tiles) and not options.get("SPLIT"):
+    split, lacking = options.get("SPLIT", 0), 4 * programs < processors
+    # More warps than these would not leave a lane its registers.
+    while lacking and not split and programs < processors and 2 * warps <= min(units, MAX_WARPS // token_tiles):
         warps *= 2
-    split = options.get("SPLIT", 0) or max(1, min(processors // programs, units // warps))
+    split = split or (max(1, min(processors // programs, units // warps)) if lacking else 1)
     return dict(
         programs=programs,
         SPLIT=split,
@@ -405,15 +415,10 @@ def _aligned(x: Tensor) -> Tensor:
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
-@functools.cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def compile_specs() -> list[configs.Spec]:
     """Every shipped configuration for 1 to 8 and 9 to 16 tokens; float16, ragged shapes and split columns once."""
     shipped = configs.shipped("mma_sp")
-    found = [*shipped, *(options for options in DEFAULTS.values() if options not in shipped)]
+    found = [*shipped, *(options for options in DEFAULTS if options not in shipped)]
     specs = []
     for options in found:
         given = dict(row_tiles=options["ROW_TILES"], warps=options["num_warps"], split=options.get("SPLIT") or 1)

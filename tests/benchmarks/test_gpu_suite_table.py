@@ -20,8 +20,8 @@ def row(path, tokens, won, pattern="2:4", sparsity=0.5, shape=LARGE, kind="decod
     return {"kind": kind, "path": path, **cell, "scratch_ratio": ratio, "us": {"sparse": {"median": 10.0}}, **more}
 
 
-def rows_of(rows, kernel):
-    content = tables.table([{"kind": "environment", "gpu": "NVIDIA H200", "triton": "3.6.0"}, *rows])
+def rows_of(rows, kernel, **options):
+    content = tables.table([{"kind": "environment", "gpu": "NVIDIA H200", "triton": "3.6.0"}, *rows], **options)
     assert dispatch.problems(content) == []
     found = content["dispatch"][kernel]
     assert all(rows == [{"tokens": 0}] for name, rows in content["dispatch"].items() if name not in (kernel, "mma_sp"))
@@ -60,12 +60,12 @@ def test_gradients_come_from_training_steps():
     assert (found["from"], found["tokens"]) == (2048, 8192)
 
 
-def library(decode, prefill, other=None):
+def library(decode, prefill, other=None, second_form=True):
     rows = [row("cslt", tokens, decode) for tokens in (1, 16)]
     rows += [row("cslt", tokens, prefill, kind="prefill") for tokens in (512, 2048, 8192)]
     if other is not None:
         rows += [row("mma_sp", tokens, True, us={"sparse": {"median": other}}) for tokens in (1, 16)]
-    return rows_of(rows, "cslt")
+    return rows_of(rows, "cslt", second_form=second_form)
 
 
 def test_cusparselt_replaces_the_other_forms_or_is_a_second_one_or_is_not_used():
@@ -74,6 +74,8 @@ def test_cusparselt_replaces_the_other_forms_or_is_a_second_one_or_is_not_used()
     assert library(True, True, other=12.0)[0]["replaces"]
     beside = [{"pattern": "2:4", "weights": weights, "tokens": 8192, "from": 512, "replaces": False}]
     assert library(True, True, other=5.0) == beside == library(False, True)
+    assert library(False, True, second_form=False) == [], "more memory than dense only for those who ask for it"
+    assert library(True, True, second_form=False)[0]["replaces"]
     assert library(False, 1.12) == [], "a second form of the weight for little"
     assert library(False, False) == []
 
