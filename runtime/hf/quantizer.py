@@ -60,12 +60,16 @@ class SparseRTQuantizer(HfQuantizer):
     dtypes: Mapping[str, torch.dtype] = {}  # of the parameters, as the model was built
 
     def update_attn_implementation(self, config):
-        # The only hook that sees the config before the weight files are resolved. Folders written by save_pretrained
-        # carry the standard names, converted ones their own.
+        """Folders written by save_pretrained carry the standard names, converted ones their own.
+
+        A hook that sees the config before the weight files are resolved; releases up to 5.17 do not call it.
+        """
         source = getattr(config, "_name_or_path", "")
         if source and cached_file(source, INDEX_NAME, _raise_exceptions_for_missing_entries=False) is not None:
             config.transformers_weights = INDEX_NAME
         return config
+
+    update_tp_plan = update_attn_implementation  # called up to 5.19
 
     def _process_model_before_weight_loading(self, model, checkpoint_files=None, **kwargs):
         if not checkpoint_files:
@@ -80,7 +84,7 @@ class SparseRTQuantizer(HfQuantizer):
             self.widening = Widening({name: (key, checkpoint.weights[key]) for name, key in swapped.items()})
         return model
 
-    def update_weight_conversions(self, weight_conversions):
+    def update_weight_conversions(self, weight_conversions, model=None):
         """Tensors of experts that are layers of their own are not joined while loading, nor taken apart for saving."""
         if self.splits_experts:
             weight_conversions = [one for one in weight_conversions if not isinstance(one, WeightConverter)]

@@ -27,7 +27,7 @@ class Widening:
         """The loader takes many tensors to one name: the values', which stands for that of the metadata as well."""
         names = sorted({get_format(entry.pattern).metadata_name for _, entry in self.weights.values()})
         sources = [_ending(suffix) for suffix in (VALUES_NAME, SCALES_NAME, *names)]
-        return [WeightConverter(sources, f".{VALUES_NAME}", [_Widen(self)])]
+        return [WeightConverter(sources, f".{VALUES_NAME}", operations=[_Widen(self)])]
 
     def finish(self, model: nn.Module) -> None:
         """Raise what was found while reading; the model is saved as it is in memory, without a conversion back."""
@@ -48,6 +48,8 @@ def _widens(conversion) -> bool:
 
 
 class _Widen(ConversionOps):
+    hf_quantizer = True  # where releases from 5.20 on find it, they do not cast scales to the dtype of the model
+
     def __init__(self, widening: Widening):
         self.widening = widening
 

@@ -13,6 +13,7 @@ from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
 from sparse_rt.errors import FormatError
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load
+from sparse_rt.hf.quantizer import SparseRTQuantizer
 from sparse_rt.nn import sparse_linears
 
 IDS = torch.arange(5, 29).view(2, 12)
@@ -55,6 +56,22 @@ def test_other_families_with_biases_and_tied_embeddings(family, tmp_path):
     assert torch.equal(logits(model), logits(dense_reference(sparse, dense)))
     if family in ("qwen2", "qwen3"):
         assert model.lm_head.weight.data_ptr() == model.model.embed_tokens.weight.data_ptr()
+
+
+@pytest.mark.parametrize("hook", ["update_tp_plan", "update_attn_implementation"])
+def test_either_hook_that_a_release_of_transformers_calls_finds_the_files(sparse_llama, hook, monkeypatch):
+    """Up to 5.17 only the first is called, from 5.20 on only the second."""
+    (other,) = {"update_tp_plan", "update_attn_implementation"} - {hook}
+    monkeypatch.setattr(SparseRTQuantizer, other, lambda self, config: config)
+    called = []
+    before = getattr(SparseRTQuantizer, hook)
+    monkeypatch.setattr(SparseRTQuantizer, hook, lambda self, config: called.append(hook) or before(self, config))
+    try:
+        model = load(sparse_llama)
+    except OSError:
+        assert not called, "the hook was called and the files were not found"
+    else:
+        assert called and len(list(sparse_linears(model))) == 14
 
 
 def test_save_pretrained_round_trip_is_bit_equal(sparse_llama, tmp_path):
