@@ -18,6 +18,7 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_rt.kernels import transposed
 from sparse_rt.kernels.backends import Call, select
 
 _WEIGHT = "str pattern, int m, int n"
@@ -145,7 +146,12 @@ def _setup_linear(ctx, inputs, output):
 def _backward_linear(ctx, dy):
     x, values, metadata = ctx.saved_tensors
     need_x, need_values, _, need_bias, *_ = ctx.needs_input_grad
-    dx = linear_t(dy, values, metadata, *ctx.weight) if need_x else None
+    dx = None
+    if need_x:
+        # Not where a gradient of this gradient is wanted (create_graph).
+        frozen = not need_values and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        dx = transposed.linear_t(dy, values, metadata, *ctx.weight) if frozen else None
+        dx = linear_t(dy, values, metadata, *ctx.weight) if dx is None else dx
     dv = values_grad(dy, x, metadata, *ctx.weight, values.detach()) if need_values else None
     db = dy.unsqueeze(0).flatten(0, -2).sum(0) if ctx.has_bias and need_bias else None
     return dx, dv, None, db, None, None, None

@@ -102,3 +102,18 @@ def _table(kept: int, group: int, device: str) -> Tensor:
     """``_filled`` of every byte of packed bits, its eight bytes in a 64-bit word: int64 [256]."""
     groups = unpack_bits(torch.arange(256, dtype=torch.uint8, device=device).unsqueeze(1), 8).view(256, -1, group)
     return keep_highest(groups.to(torch.uint8), kept).view(256, 8).view(torch.int64).squeeze(1)
+
+
+def kept_of(fmt: Format) -> int:
+    """N of an N:M format."""
+    return round(fmt.group * (1 - fmt.default_sparsity))
+
+
+def is_transposable(mask: Tensor, kept: int, group: int) -> bool:
+    """Whether every M x M block of ``mask`` (bool [m, n]) keeps N in each row and each column."""
+    m, n = mask.shape
+    if m % group or n % group:
+        return False
+    rows = mask.view(m, n // group, group).sum(-1)
+    columns = mask.view(m // group, group, n).sum(1)
+    return bool((rows == kept).all()) and bool((columns == kept).all())

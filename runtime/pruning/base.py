@@ -20,7 +20,7 @@ from sparse_rt.pruning.statistics import ActivationStats
 from sparse_rt.registry import Registry
 
 # Bytes a weight that moving the kept ones takes, and bytes an element of X^T X that its factors take.
-UPDATE_BYTES, FACTOR_BYTES = 5, 16
+UPDATE_BYTES, FACTOR_BYTES = 5, 8
 # What a selection in a weight of many pieces takes at a time, counting digits included.
 SELECTION_BYTES = 28 * PIECE
 

@@ -33,11 +33,9 @@ class SparseGPT(Pruner):
     ) -> tuple[Tensor, Tensor]:
         stats = self.calibrated(stats)
         new = weight.detach().to(torch.float32, copy=True)
-        hessian = stats.gram.to(new.device) * (2 / stats.sequences)
-        dead = hessian.diagonal() == 0  # inputs that were zero all the time: their weights do nothing
-        hessian.diagonal()[dead] = 1
-        new[:, dead] = 0
-        factor = inverse_factor(hessian)
+        gram = stats.gram.to(new.device)
+        new[:, gram.diagonal() == 0] = 0  # inputs that were zero all the time: their weights do nothing
+        factor = inverse_factor(gram, 2 / stats.sequences)
         mask = torch.zeros(new.shape, dtype=torch.bool, device=new.device)
         n, step = new.shape[1], _block_width(fmt)
         for start in range(0, n, step):
@@ -53,22 +51,29 @@ class SparseGPT(Pruner):
         return new, mask
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of ``hessian`` [n, n] + 0.01 mean(diag) I; the argument is overwritten.
+def inverse_factor(gram: Tensor, scale: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of H + 0.01 mean(diag H) I, H = ``scale`` ``gram`` [n, n] with 1 for zeros
+    of its diagonal.
 
-    Few calibration tokens can leave float32 rounding below zero: the damping is then raised tenfold, twice at most.
+    Few calibration tokens can leave float32 rounding below zero: the damping is then raised tenfold, twice at most. Of
+    H and what is made of it two are there at a time, besides ``gram``.
     """
-    diagonal = hessian.diagonal()
-    damping = DAMPING * diagonal.mean()
-    diagonal += damping
+    diagonal = gram.diagonal() * scale
+    damping = DAMPING * diagonal.masked_fill(diagonal == 0, 1).mean()
     for _ in range(3):
+        hessian = gram * scale
+        diagonal = hessian.diagonal()
+        diagonal[diagonal == 0] = 1
+        diagonal += damping
         lower, failed = torch.linalg.cholesky_ex(hessian)
+        del hessian, diagonal
         if not failed:
             inverse = torch.cholesky_inverse(lower)
+            del lower
             factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
+            del inverse
             if not failed:
                 return factor
-        diagonal += 9 * damping
         damping = 10 * damping
     raise SparseRTError(
         "SparseGPT: the second moments of the inputs are not positive definite; use more calibration data "

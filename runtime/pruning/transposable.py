@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.formats import Format
+from sparse_rt.formats.nm import is_transposable, kept_of
 
 # t for scores between 0 and 1, and rounds of Newton steps with each. Blocks of |normal| and of heavy-tailed scores then
 # have 99.96 % and more of the best sum at 1:8 to 6:8 and 16:32; 40 rounds of Dykstra's projections gave 99.8 % at 4:8.
@@ -81,21 +82,6 @@ class TransposableFormat(Format):
 
     def check_metadata(self, name: str, metadata: Tensor, m: int, n: int) -> None:
         self.inner.check_metadata(name, metadata, m, n)
-
-
-def kept_of(fmt: Format) -> int:
-    """N of an N:M format."""
-    return round(fmt.group * (1 - fmt.default_sparsity))
-
-
-def is_transposable(mask: Tensor, kept: int, group: int) -> bool:
-    """Whether every M x M block of ``mask`` (bool [m, n]) keeps N in each row and each column."""
-    m, n = mask.shape
-    if m % group or n % group:
-        return False
-    rows = mask.view(m, n // group, group).sum(-1)
-    columns = mask.view(m // group, group, n).sum(1)
-    return bool((rows == kept).all()) and bool((columns == kept).all())
 
 
 def transposable_mask(scores: Tensor, kept: int, group: int) -> Tensor:
