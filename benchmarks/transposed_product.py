@@ -6,8 +6,9 @@
 A JSON row per pattern, number of tokens and threads, with the times of
 
     dense         dY W with the dense weight (torch)
-    expanded      what the backward pass does today: ``linear_t`` expands values and metadata, then multiplies
-    transposed    the packed product with W^T in the derived layout; it exists because the mask is transposable
+    expanded      the backward pass of any other mask: ``linear_t`` expands values and metadata, then multiplies
+    transposed    the packed product with W^T in the derived layout, which a transposable mask allows: what the backward
+                  pass of a frozen weight does (kernels/transposed.py)
     packing       making that layout of W^T's values and metadata, which whoever trains the values pays in every step
 
 and the ratios dense / transposed and expanded / transposed (timing.py). Nothing is timed that does not agree with the

@@ -2,8 +2,9 @@
 
 A mask that keeps N of M in the columns of every M x M block as well is a mask of W^T in the same pattern. So W^T has
 the layout that serves W in inference (``packed``), and the backward pass multiplies with it instead of expanding W: at
-2:4 3.3 to 3.8 times as fast for 16 tokens, 1.4 to 1.5 for 128, 1.14 to 1.23 for 512 to 2048, at 4:8 about half of that
-gain (Zen 4, one and two threads; benchmarks/results/transposed_product.jsonl).
+2:4 3.3 to 3.8 times as fast for 16 tokens, 1.4 to 1.5 for 128, 1.14 to 1.23 for 512 to 2048, at 4:8 3.2 to 3.4, 1.3 to
+1.4 and 1.06 to 1.14 (Zen 4, one and two threads; benchmarks/results/transposed_product.jsonl). DCFT, LoRA and layers
+without an adapter have frozen values; SPP, SEFT and MaskLoRA multiply with others in every step.
 
 The first product of a weight looks whether its mask is transposable, and packs W^T if it is; that is kept as long as
 values and metadata live unchanged, and takes as much memory as the packed weight. Only for weights that are not
@@ -13,18 +14,40 @@ of a layout was measured to be faster for as many tokens as training has), so no
 
 from __future__ import annotations
 
+import sys
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from sparse_rt.formats import get_format
 from sparse_rt.formats.nm import is_transposable, kept_of
 
 
+class _State(NamedTuple):
+    """What a tensor holds, as far as it can be told: data that was exchanged (``tensor.data = other``) shows in the
+    storage, which is told from a later one at its address, a change in place in the version.
+    """
+
+    storage: StorageWeakRef
+    offset: int
+    version: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _State:
+        where = StorageWeakRef(tensor.untyped_storage()), tensor.storage_offset()
+        return cls(*where, tensor._version, tensor.dtype)
+
+    def is_that_of(self, tensor: Tensor) -> bool:
+        return not self.storage.expired() and self == _State.of(tensor)
+
+
 class _Entry(NamedTuple):
-    stamp: tuple
+    shape: tuple[str, int, int]
+    states: tuple[_State, _State]  # of values and metadata
     layout: Tensor | None  # W^T packed; None where the mask is not transposable or nothing packs such a weight
 
 
@@ -38,7 +61,7 @@ def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int,
         return None
     if not all(type(t) in (Tensor, torch.nn.Parameter) for t in (dy, values, metadata)):
         return None
-    if any(tensor.is_inference() for tensor in (values, metadata)):
+    if shards_models() or any(tensor.is_inference() for tensor in (values, metadata)):
         return None
     layout = _packed(values, metadata, pattern, m, n)
     if layout is None:
@@ -49,12 +72,22 @@ def linear_t(dy: Tensor, values: Tensor, metadata: Tensor, pattern: str, m: int,
 
 
 def _packed(values: Tensor, metadata: Tensor, pattern: str, m: int, n: int) -> Tensor | None:
-    # Data that was exchanged (`tensor.data = other`) shows in the address, a change in place in the version.
-    stamp = (*((tensor.data_ptr(), tensor._version) for tensor in (values, metadata)), pattern, m, n)
+    shape, tensors = (pattern, m, n), (values, metadata)
     entry = _entries.get(values)
-    if entry is None or entry.stamp != stamp:
-        entry = _entries[values] = _Entry(stamp, _made(values, metadata, pattern, m, n))
+    known = entry is not None and entry.shape == shape
+    if not known or not all(state.is_that_of(tensor) for state, tensor in zip(entry.states, tensors, strict=True)):
+        states = _State.of(values), _State.of(metadata)
+        entry = _entries[values] = _Entry(shape, states, _made(values, metadata, *shape))
     return entry.layout
+
+
+def shards_models() -> bool:
+    """Whether ``fully_shard`` was used in this process: it makes a subclass for every class of modules it shards.
+
+    During a call the tensors of a sharded layer look like any others, and are put together anew for the next one.
+    """
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ and the layer is canonical again until the next such call. Several threads may d
 from __future__ import annotations
 
 import os
-import sys
 import threading
 from collections.abc import Iterator
 
@@ -22,6 +21,7 @@ from sparse_rt.formats import check_finite, get_format, normalize_zeros
 from sparse_rt.formats import wrapper as wrappers
 from sparse_rt.formats.wrapper import Wrapper, apply_blocks
 from sparse_rt.kernels import ops, packed
+from sparse_rt.kernels.transposed import shards_models
 
 PACK_VARIABLE = "SPARSE_RT_PACK"  # 0: stay on values and metadata (to compare)
 
@@ -37,15 +37,6 @@ def _renew_lock() -> None:
 
 
 os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _shards_models() -> bool:
-    """Whether ``fully_shard`` was used in this process: it makes a subclass for every class of modules it shards.
-
-    During a call the tensors of a sharded layer look like any others.
-    """
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and bool(fsdp.FSDPModule.__subclasses__())
 
 
 class SparseLinear(nn.Linear):
@@ -166,7 +157,7 @@ class SparseLinear(nn.Linear):
             return "the values are trained"
         if type(values.data) is not Tensor or type(metadata.data) is not Tensor:
             return f"the values are a {type(values.data).__name__}"
-        if _shards_models():
+        if shards_models():
             return "FSDP2 puts the tensors of this process's models together for a call and takes them apart after it"
         shape = self.pattern, self.out_features, self.in_features
         return packed.refusal(*shape, values.dtype, values.device.type, self.sparsity)

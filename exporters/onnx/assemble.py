@@ -18,7 +18,7 @@ from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import external, functions, operands
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
 from sparse_rt.exporters.onnx.rows import JoinedCheckpoint
-from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Weight, checkpoint_key
+from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Names, Weight
 from sparse_rt.formats import VALUE_DTYPES, get_format
 
 # Larger initializers that tracing left in the graph (embeddings of an unusual class) go back to their stored dtype.
@@ -42,12 +42,12 @@ class Assembler:
         folder: Path,
         proto: onnx.ModelProto,
         checkpoint: JoinedCheckpoint,
-        prefix: str,
+        names: Names,
         form: str,
         quantization: operands.Quantization | None = None,
     ):
         self.path, self.proto, self.checkpoint = folder / MODEL_NAME, proto, checkpoint
-        self.prefix, self.form, self.quantization = prefix, form, quantization or operands.Quantization()
+        self.names, self.form, self.quantization = names, form, quantization or operands.Quantization()
         self.data_path = folder / external.DATA_NAME
         self._stored: set[str] = set()
         self._casts: list[onnx.NodeProto] = []
@@ -113,7 +113,7 @@ class Assembler:
                 fmt = get_format(entry.pattern)
                 self._store(name, fmt.decompress(*self.checkpoint.load_weight(key), entry.m, entry.n))
             return name, entry.dtype
-        key = checkpoint_key(name, self.checkpoint.tensors, self.prefix)
+        key = self.names.key(name, self.checkpoint.tensors)
         if key is None:
             raise UserError(
                 f"the checkpoint has no tensor {name}; ONNX cannot carry this architecture: use transformers or vLLM, "
@@ -138,14 +138,14 @@ class Assembler:
         return list(self.checkpoint.members(self._weight_key(weight.owner)))
 
     def _weight_key(self, module: str) -> str:
-        key = checkpoint_key(module, self.checkpoint.weights, self.prefix)
+        key = self.names.key(module, self.checkpoint.weights)
         if key is None:
             raise UserError(f"module {module} is compressed, but the checkpoint has no compressed weight of that name")
         return key
 
     def _narrow(self, name: str, tensor: Tensor) -> Tensor:
         """``tensor`` (loaded as float32) in the dtype it is stored in, where that loses nothing."""
-        key = checkpoint_key(name, self.checkpoint.tensors, self.prefix)
+        key = self.names.key(name, self.checkpoint.tensors)
         dtype = self.checkpoint.tensors[key].dtype if key else None
         if dtype not in (torch.bfloat16, torch.float16):
             return tensor

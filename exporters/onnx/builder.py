@@ -23,7 +23,7 @@ from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx.functions import DOMAIN, VERSION
 from sparse_rt.exporters.onnx.rows import Groups, can_join
-from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Weight, checkpoint_key
+from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Names, Weight
 from sparse_rt.optional import require
 
 # model_type of transformers -> class of the builder.
@@ -141,7 +141,9 @@ def _split(parent: nn.Module, name: str, sizes: dict[str, int]) -> None:
         begin += size
 
 
-def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, limit: int) -> tuple[Any, Groups]:
+def build(
+    model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, names: Names, limit: int
+) -> tuple[Any, Groups]:
     """The graph (``onnx.ModelProto``) of a skeleton, and the modules it joined in one product.
 
     Inputs, outputs and activations are those of ``trace``, without position_ids. ``weights`` gets the joined modules
@@ -151,18 +153,18 @@ def build(model: nn.Module, weights: dict[str, Weight], checkpoint: Checkpoint, 
     embedding = _name_embedding(model)
     for name in weights:
         _give_shape(model.get_submodule(name))
-    keys = {name: _key(name, checkpoint, model.base_model_prefix) for name in weights}
+    keys = {name: _key(name, checkpoint, names) for name in weights}
     with contextlib.redirect_stdout(io.StringIO()):  # the builder prints what it does
         builder = _new_builder(model.config, type(model).__name__)
         builder.source, builder.embedding_name, builder.groups = model, embedding, {}
         scale = getattr(model.get_input_embeddings(), "embed_scale", None)
         if scale is not None:
             builder.embed_attrs["scale"] = float(scale)  # the builder's own is rounded to two digits
-        builder.can_join = lambda names: can_join(checkpoint, [keys[name] for name in names], limit)
+        builder.can_join = lambda modules: can_join(checkpoint, [keys[name] for name in modules], limit)
         _translated(lambda: builder.make_model(""), model.config.model_type)
-    for joined, names in builder.groups.items():
-        weights[joined] = _joined(joined, [weights[name] for name in names])
-    return _proto(builder), {joined: tuple(keys[name] for name in names) for joined, names in builder.groups.items()}
+    for joined, modules in builder.groups.items():
+        weights[joined] = _joined(joined, [weights[name] for name in modules])
+    return _proto(builder), {joined: tuple(keys[name] for name in parts) for joined, parts in builder.groups.items()}
 
 
 def _give_shape(module: nn.Module) -> None:
@@ -224,10 +226,10 @@ def _joined(name: str, parts: list[Weight]) -> Weight:
     return Weight(name, parts[0].kind, sum(part.rows for part in parts), parts[0].columns)
 
 
-def _key(module: str, checkpoint: Checkpoint, prefix: str) -> str | None:
+def _key(module: str, checkpoint: Checkpoint, names: Names) -> str | None:
     """What the checkpoint calls ``module``, compressed or not."""
-    compressed = checkpoint_key(module, checkpoint.weights, prefix)
-    dense = checkpoint_key(f"{module}.weight", checkpoint.tensors, prefix)
+    compressed = names.key(module, checkpoint.weights)
+    dense = names.key(f"{module}.weight", checkpoint.tensors)
     return compressed or (dense and dense.removesuffix(".weight"))
 
 

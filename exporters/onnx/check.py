@@ -14,6 +14,7 @@ from sparse_rt.errors import CheckFailed
 from sparse_rt.exporters.int8 import LIMIT as INT8_LIMIT
 from sparse_rt.exporters.onnx.engine import BASE_NOTE, MODEL_NAME
 from sparse_rt.exporters.onnx.generation import OnnxModel
+from sparse_rt.exporters.onnx.skeleton import Names
 from sparse_rt.exporters.onnx.stored import StoredWeights
 from sparse_rt.hf.load import load
 from sparse_rt.optional import require
@@ -40,7 +41,8 @@ def check(source: Path, output: Path) -> dict[str, Any]:
     path = output / MODEL_NAME
     _check_file(path)
     reference = load(source, dtype=torch.float32, dequantize=True)
-    stored = StoredWeights(Checkpoint.open(source), path, reference.base_model_prefix)
+    checkpoint = Checkpoint.open(source)
+    stored = StoredWeights(checkpoint, path, Names.of(reference, checkpoint))
     figures: dict[str, Any] = {"weights_equal": stored.check()}
     if stored.quantized:
         figures |= _round_reference(reference, stored)

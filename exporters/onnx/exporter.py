@@ -93,16 +93,16 @@ class OnnxExporter(Exporter):
             genai.check_type(read_json(source / "config.json"))
         how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
         how.check(checkpoint)
-        model, weights = open_skeleton(checkpoint)
+        model, weights, names = open_skeleton(checkpoint)
         dense = {weight.owner: weight.rows * weight.columns for weight in weights.values() if weight.kind == "linear"}
         body = choose_body(checkpoint, chosen, sum(dense.values()))
         if chosen.base == "genai":
-            proto, joined = builder.build(model, weights, checkpoint, MAX_FOLDED_WEIGHTS)
+            proto, joined = builder.build(model, weights, checkpoint, names, MAX_FOLDED_WEIGHTS)
         else:
             proto, joined = trace(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
         stored = JoinedCheckpoint(checkpoint, joined)
-        assembler = Assembler(output, proto, stored, model.base_model_prefix, form, how)
+        assembler = Assembler(output, proto, stored, names, form, how)
         proto = assembler.build(weights)
         layers = describe_layers(assembler, weights)
         note(proto, joined)

@@ -9,8 +9,8 @@ tensor: the optimizer transposes dense weights into unnamed copies, stores tied 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -66,22 +66,52 @@ def _placeholder(x: Tensor, name: str, shape: tuple) -> Tensor:
     )
 
 
-def checkpoint_key(name: str, known: Iterable[str], prefix: str) -> str | None:
-    """What the checkpoint calls module or tensor ``name``: with or without the base model's prefix."""
-    candidates = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((candidate for candidate in candidates if candidate in known), None)
+@dataclass(frozen=True)
+class Names:
+    """What the checkpoint calls the modules and tensors of a model: with or without the base model's ``prefix``, or
+    ``renamed`` as transformers renames them while loading (GPT-NeoX's embed_out is its lm_head).
+    """
+
+    prefix: str = "model"
+    renamed: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module, checkpoint: Checkpoint) -> Names:
+        """Of a model that still has all of its parameters, on any device."""
+        from sparse_rt.families import CheckpointNames
+
+        names, renamed = CheckpointNames(model), {}
+        for key in checkpoint.tensors:
+            renamed[names.parameter(key)] = key
+        for key in checkpoint.weights:
+            renamed[(names.parameter(f"{key}.weight") or "").removesuffix(".weight")] = key
+        return cls(model.base_model_prefix, {name: key for name, key in renamed.items() if name and name != key})
+
+    def key(self, name: str, known: Iterable[str]) -> str | None:
+        """What the checkpoint, which knows ``known``, calls module or tensor ``name`` of the model."""
+        return self._first(self.renamed.get(name, name), known)
+
+    def owner(self, key: str, known: Iterable[str]) -> str | None:
+        """What the model, or a file that names things like it, calls ``key`` of the checkpoint."""
+        return self._first(next((name for name, other in self.renamed.items() if other == key), key), known)
+
+    def _first(self, name: str, known: Iterable[str]) -> str | None:
+        candidates = (name, name.removeprefix(f"{self.prefix}."), f"{self.prefix}.{name}")
+        return next((candidate for candidate in candidates if candidate in known), None)
 
 
-def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight]]:
-    """The model of ``checkpoint`` with placeholders, in eval mode and float32, and the weights they stand for by name.
+def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight], Names]:
+    """The model of ``checkpoint`` with placeholders, in eval mode and float32, the weights they stand for by name,
+    and how the checkpoint calls them.
 
     Raises ``UserError`` where transformers has no such causal language model, or the checkpoint lacks a tensor of it.
     """
     model = _empty_model(checkpoint)
-    weights = _take_weights(model, checkpoint)
+    names = Names.of(model, checkpoint)
+    weights = _take_weights(model, checkpoint, names)
     _check_coverage(checkpoint, weights)
-    _fill(model, checkpoint)
-    return model, weights
+    _fill(model, checkpoint, names)
+    return model, weights, names
 
 
 def _empty_model(checkpoint: Checkpoint) -> nn.Module:
@@ -110,14 +140,13 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
-def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]:
+def _take_weights(model: nn.Module, checkpoint: Checkpoint, names: Names) -> dict[str, Weight]:
     """Make linear and embedding layers placeholders; subclasses of ``nn.Linear`` stay as they are."""
-    prefix = model.base_model_prefix
     weights: dict[str, Weight] = {}
     owners: dict[int, str] = {}
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     for name, module in layers:  # a tied weight lies in the checkpoint under one of its names
-        if checkpoint_key(f"{name}.weight", checkpoint.tensors, prefix):
+        if names.key(f"{name}.weight", checkpoint.tensors):
             owners.setdefault(id(module.weight), name)
     for name, module in layers:
         owner = owners.get(id(module.weight), name)
@@ -125,7 +154,7 @@ def _take_weights(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Weight]
             weights[name] = Weight(owner, "embedding", module.num_embeddings, module.embedding_dim)
             _take_embedding(name, module)
         elif type(module) is nn.Linear:
-            sparse = checkpoint_key(name, checkpoint.weights, prefix) is not None
+            sparse = names.key(name, checkpoint.weights) is not None
             kind, owner = ("sparse", name) if sparse else ("linear", owner)
             weights[name] = Weight(owner, kind, module.out_features, module.in_features)
             model.set_submodule(name, _Linear(name, module))
@@ -141,14 +170,14 @@ def _check_coverage(checkpoint: Checkpoint, weights: dict[str, Weight]) -> None:
         )
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
+def _fill(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
     """Load every parameter that is left, and the buffers that the checkpoint has."""
     for module_name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
                 continue
             name = f"{module_name}.{own}" if module_name else own
-            key = checkpoint_key(name, checkpoint.tensors, model.base_model_prefix)
+            key = names.key(name, checkpoint.tensors)
             if key is None:
                 raise UserError(
                     f"parameter {name} of {type(model).__name__} is not in the checkpoint under that name; ONNX cannot "
@@ -163,6 +192,6 @@ def _fill(model: nn.Module, checkpoint: Checkpoint) -> None:
             module._parameters[own] = loaded
         for own, buffer in module._buffers.items():
             name = f"{module_name}.{own}" if module_name else own
-            key = checkpoint_key(name, checkpoint.tensors, model.base_model_prefix)
+            key = names.key(name, checkpoint.tensors)
             if buffer is not None and key is not None:
                 buffer.copy_(checkpoint.load(key))

@@ -15,17 +15,17 @@ from sparse_rt.exporters.onnx import external
 from sparse_rt.exporters.onnx.functions import QUANTIZED
 from sparse_rt.exporters.onnx.operands import ACCURACY_LEVELS
 from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, noted
-from sparse_rt.exporters.onnx.skeleton import checkpoint_key
+from sparse_rt.exporters.onnx.skeleton import Names
 from sparse_rt.formats import get_format, int8
 
 _PARTS = ("weight_values", "weight_meta", "weight_bitmask", "row_offsets", int8.SCALES_NAME, "weight")
 
 
 class StoredWeights:
-    """The weights of ``checkpoint`` as the ONNX file ``path`` has them; ``prefix`` is that of the base model."""
+    """The weights of ``checkpoint`` as the ONNX file ``path`` has them; ``names`` as that has them."""
 
-    def __init__(self, checkpoint: Checkpoint, path: Path, prefix: str = "model"):
-        self.folder, self.count, self.prefix = path.parent, len(checkpoint.weights), prefix
+    def __init__(self, checkpoint: Checkpoint, path: Path, names: Names | None = None):
+        self.folder, self.count, self.names = path.parent, len(checkpoint.weights), names or Names()
         self.source_is_int8 = any(entry.values == int8.INT8 for entry in checkpoint.weights.values())
         proto = onnx.load(str(path), load_external_data=False)
         self._tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -62,7 +62,7 @@ class StoredWeights:
                     "checkpoint; export again"
                 )
         for name, tensor in self._tensors.items():
-            key = checkpoint_key(name, self.joined.tensors, self.prefix)
+            key = self.names.key(name, self.joined.tensors)
             if key is None or not name.endswith(".weight") or len(tensor.dims) < 2:
                 continue  # norms are float32 in the graph, and some graphs add to them
             if not np.array_equal(external.read(tensor, self.folder).view(np.uint8), _bytes(self.joined.load(key))):
@@ -79,12 +79,12 @@ class StoredWeights:
             weight = torch.from_numpy(self._widened(key, entry, parts))
             members = self.joined.members(key)
             for name, piece in zip(members, weight.split(list(members.values())), strict=True):
-                modules[checkpoint_key(name, modules, self.prefix)].weight.data.copy_(piece)
+                modules[self.names.owner(name, modules)].weight.data.copy_(piece)
 
     def _module_names(self) -> dict[str, str]:
-        """Checkpoint name -> module name in the ONNX file (they may differ by the base model's prefix)."""
+        """Checkpoint name -> module name in the ONNX file (they may differ)."""
         owners = {name.rpartition(".")[0] for name in self._tensors}
-        names = {key: checkpoint_key(key, owners, self.prefix) for key in self.joined.weights}
+        names = {key: self.names.owner(key, owners) for key in self.joined.weights}
         missing = [key for key, name in names.items() if name is None]
         if missing:
             raise CheckFailed(f"weight {missing[0]} of the checkpoint is not in the ONNX file; export again")

@@ -1,8 +1,9 @@
 """Launch configurations of the Triton kernels, and what the compile test must know of a kernel.
 
 A configuration is looked up, never tuned at run time: the first call of a product must not cost seconds. A JSON file
-per GPU (``configs/nvidia_h200.json`` for "NVIDIA H200") holds what was measured with benchmarks/gpu_suite.py, and
-``default.json`` what holds for any other; what neither names is the default beside the kernel:
+per GPU (``configs/nvidia_h200.json`` for "NVIDIA H200") holds what was measured with benchmarks/gpu_suite.py (launch
+options: gpu_tune.py), and ``default.json`` what holds for any other; what neither names is the default beside the
+kernel:
 
     {"gpu": "NVIDIA H200",
      "kernels": {"linear": [{"tokens": 16, "options": {"BN": 32, "num_warps": 4, "num_stages": 3}},
@@ -79,11 +80,15 @@ _tried: dict[str, dict[str, Any]] = {}
 @contextmanager
 def tried(kernel: str, options: dict[str, Any]) -> Iterator[None]:
     """``kernel`` is launched with ``options`` whatever the files say: for timing them (benchmarks/gpu_tune.py)."""
+    before = _tried.get(kernel)
     _tried[kernel] = options
     try:
         yield
     finally:
-        del _tried[kernel]
+        if before is None:
+            del _tried[kernel]
+        else:
+            _tried[kernel] = before
 
 
 def shipped(kernel: str) -> list[dict[str, Any]]:

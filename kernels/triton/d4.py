@@ -24,9 +24,9 @@ from sparse_rt.kernels.triton.tiles import on_device
 # an H100, four shapes and three sparsities (benchmarks/gpu_tune.py).
 WARPS, WARPS_OF_MANY_TOKENS = 32, 16
 MOST_WARPS = 16
-# EACH: slots that a lane writes in a round. By columns, at most: 8 rows of more take more than the second-level cache.
+# EACH: slots that a lane writes in a round. By columns, at most: the rows of all programs that run at a time, which
+# they set to zero first, should fit into the second-level cache.
 EXPAND = {8192: dict(EACH=8, num_warps=16, num_stages=1), None: dict(EACH=16, num_warps=16, num_stages=1)}
-_ONCE = tl.constexpr("evict_first")
 FLOATS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
@@ -50,21 +50,22 @@ def _unpack_pair(words, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, q, count, dtype: tl.constexpr):
+def _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, q, count, dtype: tl.constexpr, ONCE: tl.constexpr):
     """(gaps, anchors, values) of groups q: [GROUPS], and a tuple of words [GROUPS, 4], 16 bytes of values each.
 
     ``stride`` words lie between two pieces of 16 bytes of a group. Groups from ``count`` on are zeros.
-    Weights are read once, so they are the first to leave the caches, in which x stays.
+    ``ONCE``: no other pass reads them, so they are the first to leave the caches, in which x stays.
     """
+    POLICY: tl.constexpr = "evict_first" if ONCE else ""
     live = q < count
-    gaps = tl.load(gaps_ptr + q, mask=live, other=0, eviction_policy=_ONCE)
-    anchors = tl.load(anchors_ptr + q, mask=live, other=0, eviction_policy=_ONCE)
+    gaps = tl.load(gaps_ptr + q, mask=live, other=0, eviction_policy=POLICY)
+    anchors = tl.load(anchors_ptr + q, mask=live, other=0, eviction_policy=POLICY)
     at = words_ptr + q[:, None] * 4 + tl.arange(0, 4)[None, :]
-    first = tl.load(at, mask=live[:, None], other=0, eviction_policy=_ONCE)
-    second = tl.load(at + stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
+    first = tl.load(at, mask=live[:, None], other=0, eviction_policy=POLICY)
+    second = tl.load(at + stride, mask=live[:, None], other=0, eviction_policy=POLICY)
     if dtype == tl.float32:
-        third = tl.load(at + 2 * stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
-        fourth = tl.load(at + 3 * stride, mask=live[:, None], other=0, eviction_policy=_ONCE)
+        third = tl.load(at + 2 * stride, mask=live[:, None], other=0, eviction_policy=POLICY)
+        fourth = tl.load(at + 3 * stride, mask=live[:, None], other=0, eviction_policy=POLICY)
         return gaps, anchors, first, second, third, fourth
     else:
         return gaps, anchors, first, second, first, second
@@ -153,6 +154,7 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GROUPS: tl.constexpr,
+    ONCE: tl.constexpr,
 ):
     """y [tokens, m] = x W^T + bias for the rows of one block and T tokens.
 
@@ -173,7 +175,7 @@ def gemv_kernel(
     lane = tl.arange(0, GROUPS)
     low = tl.zeros((GROUPS, W), dtype=tl.float32)
     high = tl.zeros((GROUPS, W), dtype=tl.float32)
-    gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, lane, count, dtype)
+    gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, lane, count, dtype, ONCE)
     for done in range(GROUPS, count + GROUPS, GROUPS):
         x_ptrs = x_ptr + (_columns(anchors) * W)[:, None] + tl.arange(0, W)[None, :]
         if dtype == tl.float32:
@@ -182,7 +184,9 @@ def gemv_kernel(
             first, second = _values(a, a, GROUPS, dtype), _values(b, b, GROUPS, dtype)
         near, far = gaps.to(tl.uint32), (gaps >> 32).to(tl.uint32)
         # The next groups are asked for before x of these: a warp has a group a lane on the way all the time.
-        gaps, anchors, a, b, c, d = _load_groups(words_ptr, stride, gaps_ptr, anchors_ptr, done + lane, count, dtype)
+        gaps, anchors, a, b, c, d = _load_groups(
+            words_ptr, stride, gaps_ptr, anchors_ptr, done + lane, count, dtype, ONCE
+        )
         low, high, ahead = _add_half(low, high, x_ptrs, near, first, W, dtype, PAIRS)
         x_ptrs += (ahead * W)[:, None]
         low, high, _ = _add_half(low, high, x_ptrs, far, second, W, dtype, PAIRS)
@@ -251,8 +255,9 @@ def expand_kernel(
     """Write one block of rows of the dense weight, values as integers of their size: zeros, then what is kept.
 
     The slots of a group are neighbouring lanes: what they write lies in a few sectors of 32 bytes. (One group a lane,
-    as in the product, wrote a sector for every weight: 550 us more than this for 14336 x 4096 on an H100.)
+    as in the product, wrote a sector for every weight: 540 us instead of 125 for 14336 x 4096 at 50 % on an H100.)
     """
+    tl.static_assert(EACH * WARPS * 32 % (SLOTS * ROWS) == 0, "a round takes whole multiples of ROWS groups")
     GROUPS: tl.constexpr = EACH * WARPS * 32 // SLOTS
     CLEARED: tl.constexpr = PIECE * 32 * WARPS  # columns of a row that are set to zero at a time
     block = tl.program_id(0)
@@ -322,6 +327,7 @@ def linear(x: Tensor, weight: Sections, bias: Tensor | None, m: int, n: int) -> 
             ROWS=ROWS,
             HAS_BIAS=bias is not None,
             GROUPS=32 * options["num_warps"],
+            ONCE=passes == 1,
             **options,
         )
     return y
@@ -364,8 +370,10 @@ COUNTED_AT = 2
 
 def compile_specs() -> list[configs.Spec]:
     """Every number of tokens in bfloat16, every shipped configuration, other dtypes and wide columns once."""
-    few, many = (dict(num_warps=warps, num_stages=1) for warps in (2, MOST_WARPS))
-    specs = [_spec("d4", torch.bfloat16, tokens, options) for tokens in (1, 2, 4, 8) for options in (few, many)]
+    every = [dict(num_warps=1 << power, num_stages=1) for power in range(MOST_WARPS.bit_length())]
+    few, many = every[1], every[-1]
+    specs = [_spec("d4", torch.bfloat16, 1, options) for options in every]
+    specs += [_spec("d4", torch.bfloat16, tokens, options) for tokens in (2, 4, 8) for options in (every[0], few, many)]
     specs += [_spec("d4", torch.float16, 1, many), _spec("d4", torch.float32, 8, few)]
     specs.append(_spec("d4", torch.bfloat16, 1, few, columns=1 << 17))
     for options in EXPAND.values():
@@ -388,6 +396,7 @@ def _spec(
         words = "*i32" if tokens > 1 and dtype.itemsize == 2 else f"*{kind}"
         signature |= {"x_ptr": words, "bias_ptr": f"*{kind}", "y_ptr": f"*{kind}", "tokens": "i32", "passes": "i32"}
         sizes |= {"T": tokens, "HAS_BIAS": True, "dtype": FLOATS[dtype], "GROUPS": 32 * options["num_warps"]}
+        sizes |= {"ONCE": True}
         weights = 32 * options["num_warps"] * SLOTS * COUNTED_AT
     else:
         bits = f"*i{8 * dtype.itemsize}"

@@ -384,7 +384,7 @@ def launch_plan(m: int, n: int, tokens: int, options: dict, processors: int) -> 
     programs, token_tiles = triton.cdiv(row_tiles, options["ROW_TILES"]), 1 if tokens <= 8 else 2
     split, lacking = options.get("SPLIT", 0), 4 * programs < processors
     # More warps than these would not leave a lane its registers.
-    while lacking and not split and programs < processors and 2 * warps <= min(units, MAX_WARPS // token_tiles):
+    while lacking and not split and 2 * warps <= min(units, MAX_WARPS // token_tiles):
         warps *= 2
     split = split or (max(1, min(processors // programs, units // warps)) if lacking else 1)
     return dict(

@@ -65,15 +65,14 @@ def inverse_factor(gram: Tensor, scale: float) -> Tensor:
         diagonal = hessian.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal += damping
-        lower, failed = torch.linalg.cholesky_ex(hessian)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
         del hessian, diagonal
         if not failed:
-            inverse = torch.cholesky_inverse(lower)
-            del lower
-            factor, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-            del inverse
-            if not failed:
-                return factor
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed:
+            return factor
+        del factor
         damping = 10 * damping
     raise SparseRTError(
         "SparseGPT: the second moments of the inputs are not positive definite; use more calibration data "

@@ -14,13 +14,14 @@ import torch
 
 import helpers
 from sparse_rt.checkpoint import Checkpoint, WeightEntry, file_digest
-from sparse_rt.config import ExportOptions, GenerateOptions
+from sparse_rt.config import ConvertOptions, ExportOptions, GenerateOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import session, which_kernel
 from sparse_rt.exporters.onnx.body import choose_body, outlook
 from sparse_rt.exporters.onnx.exporter import OnnxExporter, OnnxOptions
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.trace import trace
+from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.export import export
 from sparse_rt.workflows.generate import generate
 
@@ -285,6 +286,18 @@ def test_other_forms_and_families(tmp_path, family, pattern, options):
         assert result["weight_bytes"] > 0.99 * result["dense_bytes"]
     else:
         assert result["weight_bytes"] < 1.1 * Checkpoint.open(source).total_bytes
+
+
+def test_gpt_neox_whose_head_has_another_name_in_the_checkpoint(tmp_path):
+    """embed_out is the model's lm_head; compressed it is found as well."""
+    dense = helpers.tiny_model(tmp_path / "dense", "gpt_neox", num_hidden_layers=1)
+    options = dict(method="magnitude", pattern="unstructured", sparsity=0.5, ignore=[])
+    convert(ConvertOptions.build(model=str(dense), output_dir=tmp_path / "sparse", **options))
+    assert "embed_out" in Checkpoint.open(tmp_path / "sparse").weights
+    given = dict(model=str(tmp_path / "sparse"), output_dir=tmp_path / "onnx", to="onnx", check=True)
+    result = export(ExportOptions.build(**given))
+    assert_agrees(result)
+    assert result["check"]["weights_equal"] == 5
 
 
 def sizes(*shapes):

@@ -84,6 +84,28 @@ def test_values_that_change_are_packed_anew_and_unchanged_ones_once(products, mo
 
 
 @needs_packing
+def test_data_exchanged_more_than_once_is_seen(products):
+    """The allocator likes to give the old address again, and an exchange of data does not count as a change."""
+    dense, values, metadata = weight("2:4")
+    x, dy = torch.randn(3, N, requires_grad=True), torch.randn(3, M)
+    input_gradient(x, values, metadata, "2:4", dy)
+    for factor in (2, 3, 4, 5):
+        values.data = torch.zeros_like(values)
+        values.data = get_format("2:4").compress(dense * factor, dense != 0)[0]
+        torch.testing.assert_close(input_gradient(x, values, metadata, "2:4", dy), dy @ dense * factor)
+    assert len(products) == 5
+
+
+@needs_packing
+def test_sharded_models_keep_no_second_form(products, monkeypatch):
+    monkeypatch.setattr(transposed, "shards_models", lambda: True)
+    dense, values, metadata = weight("2:4")
+    x, dy = torch.randn(3, N, requires_grad=True), torch.randn(3, M)
+    torch.testing.assert_close(input_gradient(x, values, metadata, "2:4", dy), dy @ dense)
+    assert products == [] and values not in transposed._entries
+
+
+@needs_packing
 def test_what_is_kept_goes_with_the_weight(products):
     _, values, metadata = weight("2:4")
     x, dy = torch.randn(3, N, requires_grad=True), torch.randn(3, M)

@@ -196,6 +196,21 @@ def test_leading_dimensions_and_strides(device):
     packed_cases.assert_close(y, x.double() @ dense.T + bias.double())
 
 
+@pytest.mark.parametrize("shape", [(9, 1100), (5, 8200), (2, 70000)])
+def test_expand_takes_many_rounds_wide_rows_and_large_columns(device, shape):
+    """More groups than a round has, other options beyond 8192 columns, anchors of four bytes beyond 65536."""
+    weight, dense, (_, m, n) = packed_weight(device, ("unstructured", *shape, 0.3), torch.bfloat16)
+    out = torch.full((m, n), float("nan"), dtype=torch.bfloat16, device=device)
+    assert torch.equal(d4.expand(weight, m, n, out), dense.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "warps"), [(128, 1, 16), (512, 4, 8), (1792, 1, 2), (1 << 20, 1, 1), (0, 1, 16), (512, 8, 4)]
+)
+def test_warps_fill_a_gpu_of_132_multiprocessors(blocks, tokens, warps):
+    assert d4.fitting_warps(blocks, tokens, 132) == warps
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_expand_gives_the_dense_weight(device, case, dtype):
