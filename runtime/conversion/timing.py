@@ -23,7 +23,7 @@ from sparse_rt.conversion.memory import release
 from sparse_rt.conversion.plan import Plan
 from sparse_rt.formats import Format, check_finite, get_format, normalize_zeros
 from sparse_rt.kernels import ops
-from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed
+from sparse_rt.pruning import ActivationStats, BlockRunner, Compressed, ratios
 from sparse_rt.pruning.base import Pruned
 
 # A trial of a block multiplies about this often: a second or so on a core. One of a weight has as many columns at most,
@@ -36,13 +36,14 @@ DISK_BYTES = 32 << 20
 def seconds(plan: Plan, tokens: int, device: torch.device, folder: Path) -> dict[str, float] | None:
     """Parts and total; ``tokens`` of one calibration sequence, ``folder`` for a file that never has a name.
 
-    "forward" runs the calibration sequences, "prune" chooses, packs and measures, "disk" reads, writes and checks.
-    None with options whose steps are not tried: --reconstruct, --permute, --ratios owl, --dataset self.
+    "forward" runs the calibration sequences (and counts the outliers of --ratios owl), "prune" chooses, packs and
+    measures, "disk" reads, writes and checks. None with options whose steps are not tried: --reconstruct, --permute,
+    --dataset self.
     """
     options = plan.options
-    if options.reconstruct or options.permute or options.ratios == "owl" or options.dataset == "self":
+    if options.reconstruct or options.permute or options.dataset == "self":
         return None
-    forward = _forward(plan, tokens, device) if plan.runs_model else 0.0
+    forward = _forward(plan, tokens, device) if plan.runs_model or _counts_outliers(plan) else 0.0
     parts = {"forward": forward, "prune": _prune(plan, device), "disk": _disk(plan, folder)}
     return {name: round(value, 2) for name, value in {**parts, "total": sum(parts.values())}.items()}
 
@@ -62,11 +63,28 @@ def _timed(call: Callable[[], object], device: torch.device, repeats: int = 3) -
     return statistics.median(found)
 
 
-def _forward(plan: Plan, tokens: int, device: torch.device) -> float:
-    """Every sequence passes every block twice, the last one once, and the statistics once.
+def _counts_outliers(plan: Plan) -> bool:
+    return plan.options.ratios == "owl"
 
-    All blocks are taken to cost what the first does.
+
+def _forward(plan: Plan, tokens: int, device: torch.device) -> float:
+    """Every sequence passes every block twice, the last one once, and the statistics once; with OWL, before that, every
+    block and norms of all inputs once more.
     """
+    run, blocks, sequences = _running(plan, tokens, device), len(plan.blocks), plan.options.num_samples
+    total = 0.0
+    if plan.runs_model:
+        wanted = plan.pruner.needs_gram, plan.pruner.needs_moments
+        stats = sum(_collecting(plan, keys, tokens, device, *wanted) for keys in plan.blocks)
+        total += sequences * (run * (2 * blocks - 1) + stats)
+    if _counts_outliers(plan):
+        norms = sum(_collecting(plan, keys, tokens, device, most=None) for keys in plan.blocks)
+        total += sequences * (run * blocks + norms) + _counting(plan, device)
+    return total
+
+
+def _running(plan: Plan, tokens: int, device: torch.device) -> float:
+    """Seconds of one sequence in a block. All blocks are taken to cost what the first does."""
     model, shapes = plan.structure.model, {name: p.shape for name, p in plan.structure.parameters.items()}
     elements = sum(plan.source.tensors[key].numel for key in plan.blocks[0])
     some = max(16, min(tokens, int(BLOCK_PRODUCTS / elements)))
@@ -74,31 +92,46 @@ def _forward(plan: Plan, tokens: int, device: torch.device) -> float:
     runner.start(torch.zeros(1, some, dtype=torch.int64))
     runner.open(0)
     try:
-        run = _timed(lambda: runner.advance(0), device) * tokens / some
+        return _timed(lambda: runner.advance(0), device) * tokens / some
     finally:
         runner.close(0)
-    blocks, sequences = len(plan.blocks), plan.options.num_samples
-    stats = sum(_collecting(plan, keys, tokens, device) for keys in plan.blocks)
-    return sequences * (run * (2 * blocks - 1) + stats)
+
+
+def _counting(plan: Plan, device: torch.device) -> float:
+    """Seconds that counting outliers takes, for all weights."""
+    rows = ELEMENTS[1] // COLUMNS
+    pairs = [(torch.randn(rows, COLUMNS, device=device).to(torch.bfloat16), torch.ones(COLUMNS, device=device))]
+    each = _timed(lambda: ratios.outliers_percent(pairs, 5.0), device) / ELEMENTS[1]
+    return each * sum(d.shape[0] * d.shape[1] for d in plan.decisions.values() if d.pattern)
 
 
 _TRIED: dict[tuple, float] = {}
 
 
-def _collecting(plan: Plan, keys: list[str], tokens: int, device: torch.device) -> float:
-    """Seconds that the statistics of one block and sequence take; of linears that share inputs as in estimate.py."""
+def _collecting(
+    plan: Plan,
+    keys: list[str],
+    tokens: int,
+    device: torch.device,
+    gram: bool = False,
+    moments: bool = False,
+    most: int | None = 2,
+) -> float:
+    """Seconds that the statistics of one block and sequence take; of linears that share inputs as in estimate.py, of at
+    most ``most`` that may.
+    """
     decisions = [d for key in keys if (d := plan.decisions.get(key)) and d.pattern]
     groups = Counter((d.name.rpartition(".")[0], d.shape[1]) for d in decisions)
     total = 0.0
     for (_, n), count in groups.items():
         width, rows = min(n, COLUMNS), min(tokens, 512)
-        key = width, rows, plan.pruner.needs_gram, plan.pruner.needs_moments, str(device)
+        key = width, rows, gram, moments, str(device)
         if key not in _TRIED:
-            stats = ActivationStats(width, device, plan.pruner.needs_gram, 10**6, plan.pruner.needs_moments)
+            stats = ActivationStats(width, device, gram, 10**6, moments)
             x = torch.randn(rows, width, device=device).to(torch.bfloat16)
             _TRIED[key] = _timed(lambda stats=stats, x=x: stats.add(x), device)
-        scale = (n / width) ** (2 if plan.pruner.needs_gram else 1)
-        total += min(count, 2) * _TRIED[key] * scale * tokens / rows
+        scale = (n / width) ** (2 if gram else 1)
+        total += min(count, most or count) * _TRIED[key] * scale * tokens / rows
     return total
 
 
@@ -130,7 +163,7 @@ def _trial(plan: Plan, fmt: Format, rows: int, n: int, dtype: torch.dtype, devic
     weight = torch.randn(rows, n, generator=generator)
     weight = torch.where(fmt.mask_from_scores(weight.abs(), plan.sparsity), weight, 0).to(dtype)
     stats = None
-    if plan.pruner.needs_calibration:
+    if plan.runs_model:
         wanted = plan.pruner.needs_gram, 1, plan.pruner.needs_moments
         stats = ActivationStats(n, device, *wanted)
         stats.add(torch.randn(2 * n, n, generator=generator).to(device))
@@ -145,10 +178,8 @@ def _trial(plan: Plan, fmt: Format, rows: int, n: int, dtype: torch.dtype, devic
         stored = Compressed(fmt.pattern, values.to(dtype), metadata)
         for tensor in (stored.values, stored.metadata):
             _digest(tensor.cpu())
-        if plan.runs_model:
-            after = stored.dense(rows, n)
-            if stats is not None:
-                stats.reconstruction_error(dense, after)
+        if stats is not None:
+            stats.reconstruction_error(dense, stored.dense(rows, n))
         del dense, pruned, values, stored
         release()
 
@@ -184,7 +215,8 @@ def _disk(plan: Plan, folder: Path) -> float:
         checking = (time.perf_counter() - start) / DISK_BYTES
     before, after = plan.totals()["dense_bytes"], plan.totals()["compressed_bytes"]
     notes = note * sum(d.pattern is not None for d in plan.decisions.values())
-    return before * reading * (2 if plan.runs_model else 1) + after * (writing + checking) + notes
+    passes = 1 + plan.runs_model + _counts_outliers(plan)
+    return before * reading * passes + after * (writing + checking) + notes
 
 
 def _existing(folder: Path) -> Path:

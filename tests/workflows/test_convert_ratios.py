@@ -16,6 +16,7 @@ import helpers
 from sparse_rt import assets
 from sparse_rt.checkpoint import Checkpoint, file_digest, partial_path
 from sparse_rt.config import ConvertOptions, VerifyOptions
+from sparse_rt.conversion import timing
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import UserError
 from sparse_rt.formats.base import num_kept
@@ -141,6 +142,19 @@ def test_ratios_are_in_manifest_card_and_result(setting, tmp_path):
     assert not list((tmp_path / "out").glob(".*"))
     planned = convert(options(setting, tmp_path / "dry", dry_run=True, **more))
     assert any("--ratios owl first runs every block once" in note for note in planned["notes"])
+
+
+def test_the_estimate_of_time_has_the_pass_that_counts_outliers(setting, tmp_path, monkeypatch):
+    """A sequence takes a second a block, statistics a quarter, counting two: what is said, and what must be."""
+    monkeypatch.setattr(timing, "_running", lambda *given: 1.0)
+    monkeypatch.setattr(timing, "_collecting", lambda *given, **more: 0.25)
+    monkeypatch.setattr(timing, "_counting", lambda *given: 2.0)
+    found = {}
+    for ratios in ("uniform", "owl"):
+        chosen = options(setting, tmp_path / "out", method="wanda", dry_run=True, ratios=ratios)
+        found[ratios] = convert(chosen)["estimated_seconds"]["forward"]
+    uniform = 3 * (2 * BLOCKS - 1 + BLOCKS * 0.25)
+    assert found == {"uniform": uniform, "owl": uniform + 3 * (BLOCKS + BLOCKS * 0.25) + 2}
 
 
 def test_blocks_without_a_difference_are_reported(setting, tmp_path):
