@@ -48,7 +48,7 @@ def _widens(conversion) -> bool:
 
 
 class _Widen(ConversionOps):
-    hf_quantizer = True  # where releases from 5.20 on find it, they do not cast scales to the dtype of the model
+    hf_quantizer = True  # where newer releases (5.24) find it, they do not cast scales to the dtype of the model
 
     def __init__(self, widening: Widening):
         self.widening = widening

@@ -60,7 +60,7 @@ def test_other_families_with_biases_and_tied_embeddings(family, tmp_path):
 
 @pytest.mark.parametrize("hook", ["update_tp_plan", "update_attn_implementation"])
 def test_either_hook_that_a_release_of_transformers_calls_finds_the_files(sparse_llama, hook, monkeypatch):
-    """Up to 5.17 only the first is called, from 5.20 on only the second."""
+    """Up to 5.17 only the first is called, from 5.21 on only the second."""
     (other,) = {"update_tp_plan", "update_attn_implementation"} - {hook}
     monkeypatch.setattr(SparseRTQuantizer, other, lambda self, config: config)
     called = []
