@@ -2,8 +2,8 @@
 
 A mask that keeps N of M in the columns of every M x M block as well is a mask of W^T in the same pattern. So W^T has
 the layout that serves W in inference (``packed``), and the backward pass multiplies with it instead of expanding W: at
-2:4 3.3 to 3.8 times as fast for 16 tokens, 1.4 to 1.5 for 128, 1.14 to 1.23 for 512 to 2048, at 4:8 3.2 to 3.4, 1.3 to
-1.4 and 1.06 to 1.14 (Zen 4, one and two threads; benchmarks/results/transposed_product.jsonl). DCFT, LoRA and layers
+2:4 2.9 to 3.8 times as fast for 16 tokens, 1.3 to 1.5 for 128, 1.14 to 1.23 for 512 to 2048, at 4:8 3.0 to 4.8, 1.3 to
+1.5 and 1.03 to 1.14 (Zen 4, one and two threads; benchmarks/results/transposed_product.jsonl). DCFT, LoRA and layers
 without an adapter have frozen values; SPP, SEFT and MaskLoRA multiply with others in every step.
 
 The first product of a weight looks whether its mask is transposable, and packs W^T if it is; that is kept as long as
