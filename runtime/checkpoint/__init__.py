@@ -13,7 +13,8 @@ from sparse_rt.checkpoint.reader import (
     read_json,
     resolve_model,
 )
-from sparse_rt.checkpoint.writer import CheckpointWriter, file_digest, sparse_header, tensor_digest, write_json
+from sparse_rt.checkpoint.shard import tensor_digest
+from sparse_rt.checkpoint.writer import CheckpointWriter, file_digest, sparse_header, write_json
 
 __all__ = [
     "FORMAT_VERSION",

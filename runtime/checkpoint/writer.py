@@ -1,4 +1,4 @@
-"""Writing a sparse-rt checkpoint shard by shard: never more than one shard in memory, the index last.
+"""Writing a sparse-rt checkpoint shard by shard, the index last; memory holds no more than the tensor of the moment.
 
 Finished shards are recorded in a journal, so an interrupted conversion goes on where it stopped; the journal carries a
 fingerprint of source, options and version, and another fingerprint is refused.
@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sparse_rt.checkpoint.config import FORMAT_VERSION, SparseConfig
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.checkpoint.output import fsync
 from sparse_rt.checkpoint.reader import INDEX_NAME, MANIFEST_NAME
+from sparse_rt.checkpoint.shard import OpenShard
 from sparse_rt.errors import UserError
 from sparse_rt.formats import get_format
 from sparse_rt.formats import wrapper as wrappers
@@ -42,29 +42,8 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def tensor_digest(tensor: Tensor) -> str:
-    """sha256 of the raw bytes of a tensor."""
-    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
-
-
 def write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n")
-
-
-def _sort_header(path: Path) -> None:
-    """Put the header's free text in a fixed order: the library writes it in that of a randomly seeded hash map.
-
-    Only the order changes, so the length and all offsets stay; the same conversion then gives the same bytes.
-    """
-    with path.open("r+b") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-        if len(text) <= length:
-            file.seek(8)
-            file.write(text.ljust(length))
 
 
 @dataclass
@@ -94,12 +73,10 @@ class CheckpointWriter:
         self.folder, self.config, self.sparse = Path(folder), dict(config), sparse
         self.max_shard_bytes, self.fingerprint = max_shard_bytes, fingerprint
         self._shards: list[_Shard] = self._read_journal() if resume else []
-        self._pending: dict[str, Tensor] = {}
-        self._pending_weights: dict[str, dict[str, Any]] = {}
-        self._pending_bytes = 0
         # sha256 of tensors and finished files, by a thread beside the one that makes the next tensors.
         self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
-        self._digests: dict[str, Future[str]] = {}
+        self._pending = OpenShard(self._hashing, self.folder)
+        self._pending_weights: dict[str, dict[str, Any]] = {}
         self._file_digests: dict[str, Future[str]] = {}
         self.total_bytes = sum(shard.bytes for shard in self._shards)
 
@@ -159,12 +136,10 @@ class CheckpointWriter:
     def _take(self, name: str, tensor: Tensor) -> None:
         if name in self._pending or any(name in shard.tensors for shard in self._shards):
             raise UserError(f"tensor {name} was given twice")
-        self._pending[name] = tensor.detach().cpu().contiguous()
-        self._digests[name] = self._hashing.submit(tensor_digest, self._pending[name])
-        self._pending_bytes += tensor.nbytes
+        self._pending.add(name, tensor)
 
     def _make_room(self, nbytes: int) -> None:
-        if self._pending and self._pending_bytes + nbytes > self.max_shard_bytes:
+        if self._pending and self._pending.nbytes + nbytes > self.max_shard_bytes:
             self.flush()
 
     def flush(self) -> None:
@@ -172,19 +147,17 @@ class CheckpointWriter:
         if not self._pending:
             return
         shard = _Shard(f"part-{len(self._shards) + 1:05d}.safetensors", weights=self._pending_weights)
-        shard.tensors = {name: self._digests.pop(name).result() for name in self._pending}
-        shard.bytes = self._pending_bytes
+        shard.bytes = self._pending.nbytes
         temporary = self.folder / (shard.file + ".tmp")
         described = {name: {k: v for k, v in w.items() if k != "nnz"} for name, w in shard.weights.items()}
-        save_file(self._pending, temporary, metadata=sparse_header(described) if self.sparse else {"format": "pt"})
-        _sort_header(temporary)
+        shard.tensors = self._pending.write(temporary, sparse_header(described) if self.sparse else {"format": "pt"})
         fsync(temporary)
         temporary.rename(self.folder / shard.file)
         if self.sparse:
             self._file_digests[shard.file] = self._hashing.submit(file_digest, self.folder / shard.file)
         self._shards.append(shard)
         self.total_bytes += shard.bytes
-        self._pending, self._pending_weights, self._pending_bytes = {}, {}, 0
+        self._pending_weights = {}
         self._write_journal()
 
     def finish(self, manifest: dict[str, Any] | None = None) -> None:

@@ -110,7 +110,7 @@ class Several(Crew):
             torch.distributed.all_reduce(tensor)
         counts = self._all((stats.sequences, stats.tokens))
         samples = [None] * self.size if self.leads else None
-        torch.distributed.gather_object(stats.sample().cpu(), samples, dst=0)
+        torch.distributed.gather_object(stats.sample().to("cpu", copy=True), samples, dst=0)
         stats.take_over(*map(sum, zip(*counts, strict=True)), samples or [])
 
     def hand_on(self, weight: Tensor) -> Tensor:

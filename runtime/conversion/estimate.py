@@ -5,54 +5,68 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from sparse_rt.config import parse_size
 from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.formats.selection import PIECE
 from sparse_rt.pruning.statistics import SAMPLE_ROWS
 
-# Pages of the heap that hold little of what is in use, and small objects; measured on models of several sizes.
-HEAP_BYTES = 6_000_000
+# Small objects, and pages of the heap that hold little of what is in use: more after tensors of every size have passed
+# through a block. From measurements on models 768 to 2048 wide.
+HEAP_BYTES, HEAP_BYTES_RUNNING = 1_000_000, 15_000_000
 
 
 def peak_memory(plan: Plan, tokens: int) -> dict[str, int]:
     """Bytes of the parts that are there together; ``tokens`` of one calibration sequence.
 
-    "shard" waits to be written, "work" is one weight while it is pruned and packed or, where that is more, what one
-    calibration sequence takes on its way through a block. A calibrated conversion holds the "block" that is open, the
-    "activations" between blocks and the "statistics" of the block's inputs too; ``--reconstruct`` the "reconstruction".
-    On a GPU, block, statistics and work lie there.
+    "work" is a tensor while it is copied or, where that is more, pruned and packed, or what one calibration sequence
+    takes on its way through a block. A calibrated conversion holds the "block" that is open, the "activations" between
+    blocks and the "statistics" of the block's inputs too; ``--reconstruct`` the "reconstruction". On a GPU, block,
+    statistics and work lie there. What is done waits for its shard in a file, and is not here.
     """
+    if not plan.runs_model:
+        return {"work": max((_alone(plan, key) for key in plan.outside), default=0) + HEAP_BYTES}
     compressed = [d for d in plan.decisions.values() if d.pattern]
-    largest = max(tensor.numel * plan.stored_dtype(tensor).itemsize for tensor in plan.source.tensors.values())
-    limit = max(parse_size(plan.options.max_shard_size), largest if _stays_dense(plan, largest) else 0)
-    parts = {"shard": min(limit, plan.totals()["compressed_bytes"])}
-    work = max((_pruning(plan, d) for d in compressed), default=0)
-    if plan.runs_model:
-        itemsize = max((plan.source.tensors[d.key].dtype.itemsize for d in compressed), default=2)
-        blocks = [[d for key in keys if (d := plan.decisions.get(key))] for keys in plan.blocks]
-        sizes = [sum(plan.source.tensors[key].numel for key in keys) for keys in plan.blocks]
-        embedding = max((plan.source.tensors[key].numel for key in plan.outside), default=0)
-        widths = [d.shape[1] for block in blocks for d in block] or [0]
-        sequences = 2 if plan.options.offload_activations else plan.options.num_samples
-        parts |= {
-            "block": max([embedding, *sizes]) * itemsize,
-            "activations": sequences * tokens * min(widths) * itemsize,
-            "statistics": max((_statistics(plan, block) for block in blocks), default=0),
-        }
-        work = max(work, 4 * tokens * max(widths) * 4)
-    parts["work"] = work + HEAP_BYTES
+    itemsize = max((plan.source.tensors[d.key].dtype.itemsize for d in compressed), default=2)
+    sizes = [sum(plan.source.tensors[key].numel for key in keys) for keys in plan.blocks]
+    embedding = max((plan.source.tensors[key].numel for key in plan.outside), default=0)
+    width = min((d.shape[1] for d in compressed), default=0)
+    sequences = 2 if plan.options.offload_activations else plan.options.num_samples
+    activations = sequences * tokens * width * itemsize
+    blocks = range(len(plan.blocks))
+    moments = (moment for index in blocks for moment in _moments(plan, plan.pruned_in(index), tokens))
+    statistics, work = max(moments, key=sum, default=(0, 0))
+    parts = {"block": max([embedding, *sizes]) * itemsize, "activations": activations}
+    parts |= {"statistics": statistics, "work": work + HEAP_BYTES_RUNNING}
     if plan.options.reconstruct:
-        parts["reconstruction"] = parts["activations"] + max(_training(plan, tokens), default=0)
+        parts["reconstruction"] = activations + max(_training(plan, tokens), default=0)
     return parts
 
 
-def _stays_dense(plan: Plan, nbytes: int) -> bool:
-    """Whether the largest tensor is copied as it is: it may be larger than a shard, and is one of its own then."""
-    return any(
-        tensor.numel * plan.stored_dtype(tensor).itemsize == nbytes
-        for key, tensor in plan.source.tensors.items()
-        if key not in plan.decisions or plan.decisions[key].pattern is None
-    )
+def _alone(plan: Plan, key: str) -> int:
+    """A tensor that is copied, in another dtype perhaps, or a weight that is pruned without the model."""
+    decision = plan.decisions.get(key)
+    if decision is not None and decision.pattern:
+        return _pruning(plan, decision)
+    tensor, stored = plan.source.tensors[key], plan.stored_dtype(plan.source.tensors[key])
+    return tensor.numel * (tensor.dtype.itemsize + (stored.itemsize if stored != tensor.dtype else 0))
+
+
+def _moments(plan: Plan, pruned: list[Decision], tokens: int) -> Iterator[tuple[int, int]]:
+    """(statistics, work) of one block: for every weight that is pruned, and before, while sequences run through it.
+
+    Statistics are sampled rows and, if the pruner needs it, X^T X in float32. Linears with one input share theirs.
+    Which do shows when the model runs; of those in one module with inputs of one width, all but one are taken to
+    (query, key and value, but not the output; gate and up). The widest are pruned last, and what was pruned needs none
+    any more.
+    """
+    gram, groups, left = int(plan.pruner.needs_gram), Counter(), 0
+    for decision in sorted(pruned, key=lambda d: d.shape[1], reverse=True):
+        n = decision.shape[1]
+        group = decision.name.rpartition(".")[0], n
+        groups[group] += 1
+        if groups[group] <= 2:
+            left += 4 * n * (SAMPLE_ROWS + gram * n)
+        yield left, _pruning(plan, decision)
+    yield left, 4 * tokens * max((d.shape[1] for d in pruned), default=0) * 4
 
 
 def _pruning(plan: Plan, decision: Decision) -> int:
@@ -67,17 +81,6 @@ def _pruning(plan: Plan, decision: Decision) -> int:
     if plan.pruner.needs_calibration:
         packing += 4 * SAMPLE_ROWS * (n + 2 * min(m, max(1, PIECE // n))) + 8 * min(numel, PIECE)
     return numel * size + max(plan.pruner.workspace(m, n), packing)
-
-
-def _statistics(plan: Plan, block: list[Decision]) -> int:
-    """Of the inputs of one block: sampled rows and, if the pruner needs it, X^T X in float32.
-
-    Linears with one input share theirs. Which do shows when the model runs; of those in one module with inputs of one
-    width, all but one are taken to (query, key and value, but not the output; gate and up).
-    """
-    groups = Counter((d.name.rpartition(".")[0], d.shape[1]) for d in block if d.pattern)
-    gram = 1 if plan.pruner.needs_gram else 0
-    return sum(4 * n * (SAMPLE_ROWS + gram * n) * min(count, 2) for (_, n), count in groups.items())
 
 
 def _training(plan: Plan, tokens: int) -> Iterator[int]:

@@ -20,7 +20,7 @@ from sparse_rt.conversion.memory import release
 from sparse_rt.conversion.permute import Permuting
 from sparse_rt.conversion.plan import Decision, Plan
 from sparse_rt.errors import FormatError, SparseRTError, UserError
-from sparse_rt.formats import check_finite, get_format, normalize_zeros
+from sparse_rt.formats import all_finite, check_finite, get_format, normalize_zeros
 from sparse_rt.formats.wrapper import NAMES, Wrapper
 from sparse_rt.kernels import ops
 from sparse_rt.progress import Progress
@@ -195,7 +195,7 @@ def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.dtype == dtype:
         return normalize_zeros(tensor)
     result = normalize_zeros(tensor.to(dtype))
-    if not bool(torch.isfinite(result).all()):
+    if not all_finite(result):
         largest = float(tensor.abs().max())
         raise FormatError(f"{name}: {largest:g} does not fit into {dtype}; use --dtype bfloat16 or float32")
     return result
@@ -308,7 +308,9 @@ def _hand_on(plan: Plan, runner: BlockRunner, index: int, crew: Crew) -> None:
 def _prune_open_block(writing: Writing, runner: BlockRunner, index: int, stats: SharedStats) -> dict[str, Compressed]:
     """Every linear pruned and put in place; name -> weight of those that are not stored yet."""
     plan, compressed = writing.plan, {}
-    decisions = {plan.inner_name(index, d): d for d in plan.pruned_in(index)}
+    # Those with the widest inputs come last: of the second moments only theirs, the largest, are there then.
+    widest_last = sorted(plan.pruned_in(index), key=lambda d: d.shape[1])
+    decisions = {plan.inner_name(index, d): d for d in widest_last}
     if writing.permuting is not None:
         writing.permuting.choose(runner, index, decisions, stats)
     for inner, decision in decisions.items():
@@ -367,7 +369,7 @@ def _reconstruct(
 
     put(found)
     after = runner.error(index)
-    if not after < before or not all(bool(torch.isfinite(tensor).all()) for tensor in values.values()):
+    if not after < before or not all(all_finite(tensor) for tensor in values.values()):
         put(pruned)
         found, after = pruned, before
     writing.facts.add(runner.block_name(index), block_error={"before": round(before, 6), "after": round(after, 6)})

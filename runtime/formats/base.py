@@ -206,14 +206,17 @@ class Format(ABC):
         """``FormatError`` for the first illegal byte, naming the tensor, row and group or column."""
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor Inf; takes no memory, as ``torch.isfinite`` does."""
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    return bool(torch.isfinite(torch.stack(tensor.aminmax())).all())  # both are NaN where an element is
+
+
 def check_finite(name: str, tensor: Tensor) -> None:
     """``FormatError`` with the tensor's name and the first position of a NaN or Inf."""
-    if (
-        not tensor.is_floating_point()
-        or tensor.numel() == 0
-        or bool(torch.isfinite(torch.stack(tensor.aminmax())).all())
-    ):
-        return  # minimum and maximum are NaN where an element is
+    if all_finite(tensor):
+        return
     flat = tensor.flatten()
     index = int((~torch.isfinite(flat)).nonzero()[0])
     position = tuple(int(i) for i in torch.unravel_index(torch.tensor(index), tensor.shape))

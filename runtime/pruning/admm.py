@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_rt.formats import Format
 from sparse_rt.formats.base import check_sparsity, num_kept
 from sparse_rt.formats.selection import keep_highest
-from sparse_rt.pruning.base import Pruner, Repair, register_pruner, register_repair
+from sparse_rt.pruning.base import Pruner, Repair, register_pruner, register_repair, selection_bytes
 from sparse_rt.pruning.least_squares import LeastSquares
 from sparse_rt.pruning.statistics import ActivationStats
 
@@ -35,8 +35,8 @@ class ADMMUpdate(Repair):
         return problem.restore(state), mask
 
     def workspace(self, m: int, n: int) -> int:
-        """H, its factor, T, C and the right side with its solution; or what is there while the factor is made."""
-        return max(20 * m * n + 8 * n * n, 12 * m * n + 12 * n * n)
+        """H, its factor, T, C and the right side, which becomes the solution."""
+        return 12 * m * n + 8 * n * n
 
 
 @register_pruner
@@ -63,8 +63,8 @@ class ADMM(Pruner):
         return problem.restore(state), mask
 
     def workspace(self, m: int, n: int) -> int:
-        """As the update's, with what choosing a mask takes."""
-        return max(28 * m * n + 8 * n * n, 20 * m * n + 12 * n * n)
+        """H, its factor, T and C, and two sets of scores, two masks and the selection."""
+        return 18 * m * n + selection_bytes(m, n) + 8 * n * n
 
 
 def gradual_mask(scores: Tensor, fmt: Format, sparsity: float | None, progress: float) -> Tensor:

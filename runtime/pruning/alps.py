@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.formats import Format
-from sparse_rt.pruning.base import Pruner, Repair, register_pruner, register_repair
+from sparse_rt.pruning.base import Pruner, Repair, register_pruner, register_repair, selection_bytes
 from sparse_rt.pruning.least_squares import LeastSquares
 from sparse_rt.pruning.statistics import ActivationStats
 
@@ -53,8 +53,9 @@ class ALPS(Pruner):
         return problem.restore(problem.polish(solution, mask, POLISH)), mask
 
     def workspace(self, m: int, n: int) -> int:
-        """H, its factor, T, B, C and what choosing a mask takes; or H with two factors, the old one and the next."""
-        return max(33 * m * n + 8 * n * n, 15 * m * n + 16 * n * n)
+        """H, its factor, T, B, C, scores, two masks and the selection; or ``ConjugateGradients``'."""
+        choosing = 18 * m * n + selection_bytes(m, n) + 8 * n * n
+        return max(choosing, polishing_bytes(m, n))
 
 
 @register_repair
@@ -71,8 +72,12 @@ class ConjugateGradients(Repair):
         return problem.restore(problem.polish(problem.scale(weight), mask, POLISH)), mask
 
     def workspace(self, m: int, n: int) -> int:
-        """H, T and five of their size in conjugate gradients: start, solution, residual, direction, its product."""
-        return 28 * m * n + 4 * n * n
+        return polishing_bytes(m, n)
+
+
+def polishing_bytes(m: int, n: int) -> int:
+    """H, T and five of their size in conjugate gradients: start, solution, residual, direction, its product."""
+    return 28 * m * n + 4 * n * n
 
 
 def choose(problem: LeastSquares, select: Callable[[Tensor], Tensor]) -> Tensor:
@@ -102,6 +107,7 @@ def choose(problem: LeastSquares, select: Callable[[Tensor], Tensor]) -> Tensor:
             state.masked_fill_(~mask, 0)
         else:  # the dual is rho times the scaled one
             state = torch.where(mask, state, state * (before / rho))
+        factor = None  # not two at a time
         factor = problem.factor(rho)
     return solution
 

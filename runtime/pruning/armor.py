@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import SparseRTError
-from sparse_rt.formats import Format
+from sparse_rt.formats import Format, all_finite
 from sparse_rt.formats.wrapper import Wrapper
 from sparse_rt.pruning.base import Pruned, Pruner, register_pruner
 from sparse_rt.pruning.statistics import ActivationStats
@@ -74,7 +74,7 @@ class Armor(Pruner):
         found = factorize(normalised, importance, fmt, *self.blocks(m, n, fmt), self.rounds)
         out = found.out * rows.view(*found.out.shape[:2], 1)
         inner = found.inner * columns.view(found.inner.shape[0], 1, -1)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in (found.core, out, inner)):
+        if not all(all_finite(tensor) for tensor in (found.core, out, inner)):
             raise SparseRTError("ARMOR produced weights that are not finite; use --method wanda for this model")
         return Pruned(found.core, found.mask, Wrapper(out, inner))
 

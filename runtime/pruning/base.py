@@ -19,8 +19,6 @@ from sparse_rt.formats.wrapper import Wrapper
 from sparse_rt.pruning.statistics import ActivationStats
 from sparse_rt.registry import Registry
 
-# Bytes a weight that moving the kept ones takes, and bytes an element of X^T X that its factors take.
-UPDATE_BYTES, FACTOR_BYTES = 5, 8
 # What a selection in a weight of many pieces takes at a time, counting digits included.
 SELECTION_BYTES = 28 * PIECE
 
@@ -126,10 +124,9 @@ class Pruner(ABC):
     def workspace(self, m: int, n: int) -> int:
         """Bytes that ``prune`` takes at its worst moment for a weight (m, n), besides that weight and the statistics.
 
-        Choosing a mask, and with second moments their factors and the moved weights; methods that hold something else
-        say so.
+        That of choosing a mask; methods that hold something else say so.
         """
-        return choice_bytes(m, n) + (update_bytes(m, n) if self.needs_gram else 0)
+        return choice_bytes(m, n)
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
@@ -151,7 +148,7 @@ class Repair(ABC):
 
     def workspace(self, m: int, n: int) -> int:
         """Bytes that ``repair`` takes at its worst moment, besides its arguments; as ``Pruner.workspace``."""
-        return choice_bytes(m, n) + (update_bytes(m, n) if self.needs_gram else 0)
+        return choice_bytes(m, n)
 
     def calibrated(self, stats: ActivationStats | None) -> ActivationStats:
         return _calibrated(self.name, stats)
@@ -193,12 +190,12 @@ def _calibrated(name: str, stats: ActivationStats | None) -> ActivationStats:
 
 def choice_bytes(m: int, n: int) -> int:
     """Bytes that choosing the mask of a weight (m, n) takes: float32 scores, the mask, and the selection in a piece."""
-    return 5 * m * n + (14 * m * n if m * n <= PIECE else SELECTION_BYTES)
+    return 5 * m * n + selection_bytes(m, n)
 
 
-def update_bytes(m: int, n: int) -> int:
-    """Bytes that the factors of X^T X (n, n) and a copy of the weight (m, n) with its corrections take."""
-    return UPDATE_BYTES * m * n + FACTOR_BYTES * n * n
+def selection_bytes(m: int, n: int) -> int:
+    """Bytes that selecting among the scores of a weight (m, n) takes, besides scores and mask."""
+    return min(14 * m * n, SELECTION_BYTES)
 
 
 def unpruned_scores(weight: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import SparseRTError
+from sparse_rt.formats import all_finite
+from sparse_rt.pruning import cholesky
 from sparse_rt.pruning.statistics import ActivationStats
 
 
@@ -54,7 +56,7 @@ class LeastSquares:
         """The inverse of ``scale``, as a new tensor; ``SparseRTError`` when the result is not finite."""
         weight = scaled / self.norms
         weight[:, self.dead] = self.weight[:, self.dead].to(weight)
-        if not bool(torch.isfinite(weight).all()):
+        if not all_finite(weight):
             raise SparseRTError("the weight update gave weights that are not finite; use --method wanda for this model")
         return weight
 
@@ -62,8 +64,8 @@ class LeastSquares:
         """Lower Cholesky factor of H + rho I, [n, n]; ``SparseRTError`` when that is not positive definite."""
         damped = self.gram.clone()
         damped.diagonal().add_(rho)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if failed:
+        lower = cholesky.factor_(damped)
+        if lower is None:
             raise SparseRTError(
                 "the second moments of the inputs are not positive definite; use more calibration data (--num-samples) "
                 "or --method wanda"
@@ -72,8 +74,9 @@ class LeastSquares:
 
     def admm_step(self, factor: Tensor, rho: float, state: Tensor, mask: Tensor) -> Tensor:
         """The free solution B [m, n]; C, ``state`` [m, n], is overwritten by the next one. ``factor`` is of ``rho``."""
-        right = torch.where(mask, state, -state).mul_(rho).add_(self.target)
-        solution = torch.cholesky_solve(right.T, factor).T
+        right = state.neg()
+        torch.where(mask, state, right, out=right).mul_(rho).add_(self.target)
+        solution = cholesky.solve_(factor, right)
         state.masked_fill_(mask, 0).add_(solution)
         return solution
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from sparse_rt.errors import SparseRTError
-from sparse_rt.formats import Format
+from sparse_rt.formats import Format, all_finite
 from sparse_rt.formats.base import check_sparsity, num_kept
 from sparse_rt.formats.selection import keep_highest
-from sparse_rt.pruning.base import Pruner, register_pruner
+from sparse_rt.pruning import cholesky
+from sparse_rt.pruning.base import Pruner, register_pruner, selection_bytes
 from sparse_rt.pruning.statistics import ActivationStats
 
 BLOCK = 128
@@ -45,34 +46,37 @@ class SparseGPT(Pruner):
                 new[:, start:stop].clone(), factor[start:stop, start:stop], fmt, keep
             )
             new[:, start:stop] = block
-            new[:, stop:] -= errors @ factor[start:stop, stop:]
-        if not bool(torch.isfinite(new).all()):
+            new[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
+        del factor
+        if not all_finite(new):
             raise SparseRTError("SparseGPT produced weights that are not finite; use --method wanda for this model")
         return new, mask
+
+    def workspace(self, m: int, n: int) -> int:
+        """The factor, the weight in float32 with its mask, and for one block of columns five of their numbers and the
+        selection."""
+        return 4 * n * n + 5 * m * n + 20 * m * min(BLOCK, n) + selection_bytes(m, min(BLOCK, n))
 
 
 def inverse_factor(gram: Tensor, scale: float) -> Tensor:
     """Upper Cholesky factor of the inverse of H + 0.01 mean(diag H) I, H = ``scale`` ``gram`` [n, n] with 1 for zeros
     of its diagonal.
 
-    Few calibration tokens can leave float32 rounding below zero: the damping is then raised tenfold, twice at most. Of
-    H and what is made of it two are there at a time, besides ``gram``.
+    Few calibration tokens can leave float32 rounding below zero: the damping is then raised tenfold, twice at most. One
+    matrix is there at a time, besides ``gram``.
     """
     diagonal = gram.diagonal() * scale
     damping = DAMPING * diagonal.masked_fill(diagonal == 0, 1).mean()
     for _ in range(3):
-        hessian = gram * scale
-        diagonal = hessian.diagonal()
+        factor = gram * scale
+        diagonal = factor.diagonal()
         diagonal[diagonal == 0] = 1
         diagonal += damping
-        factor, failed = torch.linalg.cholesky_ex(hessian)
-        del hessian, diagonal
-        if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-        if not failed:
+        factor = cholesky.factor_(factor)
+        if factor is not None:
+            factor = cholesky.factor_(cholesky.inverse_(factor), upper=True)
+        if factor is not None:
             return factor
-        del factor
         damping = 10 * damping
     raise SparseRTError(
         "SparseGPT: the second moments of the inputs are not positive definite; use more calibration data "

@@ -299,7 +299,7 @@ def dry_run(plan: Plan, device: torch.device, progress: Progress) -> dict[str, A
     progress.stage("timing this machine")
     seconds = timing.seconds(plan, window_length(plan), device, Path(plan.options.output_dir).absolute())
     if seconds is None:
-        notes.append("the time is not estimated with --reconstruct, --permute, --ratios owl and --dataset self")
+        notes.append("the time is not estimated with --reconstruct, --permute and --dataset self")
     return {
         "dry_run": True,
         "source": source_facts(plan.source),

@@ -22,7 +22,7 @@ from sparse_rt.checkpoint import (
 from sparse_rt.config import MergeOptions, parse_size
 from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.errors import CheckFailed, UserError
-from sparse_rt.formats import get_format
+from sparse_rt.formats import all_finite, get_format
 from sparse_rt.formats.int8 import PLAIN
 from sparse_rt.optional import require
 from sparse_rt.progress import Progress
@@ -174,7 +174,7 @@ def _merged_dense(checkpoint: Checkpoint, adapter, name: str, dtype: torch.dtype
 
 
 def _refuse_broken(name: str, tensor: Tensor) -> None:
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         raise CheckFailed(
             f"merging gives NaN or Inf in {name} as {str(tensor.dtype).removeprefix('torch.')}; nothing was written, "
             "try --dtype float32"

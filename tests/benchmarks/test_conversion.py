@@ -35,8 +35,9 @@ def test_memory(tmp_path, monkeypatch):
     for row in rows:
         assert row["peak"] > 0 and row["estimate"] == sum(row["parts"].values())
         assert row["estimated_seconds"]["total"] > 0 and row["seconds"] > 0
-    shard, block, activations = (rows[0]["parts"][name] for name in ("shard", "block", "activations"))
-    assert rows[0]["bar"] == round(1.15 * (shard + block + activations)) and activations == 2 * 16 * 64 * 2
+    block, activations = (rows[0]["parts"][name] for name in ("block", "activations"))
+    assert rows[0]["bar"] == round(1.15 * (rows[0]["shard"] + block + activations)) and activations == 2 * 16 * 64 * 2
+    assert rows[1]["bar"] == round(1.15 * rows[1]["shard"]) and 0 < rows[1]["shard"] < rows[1]["dense_bytes"]
 
 
 def test_speed(tmp_path):

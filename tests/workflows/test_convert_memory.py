@@ -1,4 +1,4 @@
-"""The peak of a conversion is that of one block, the activations and one shard, and --dry-run knows it."""
+"""The peak of a conversion is that of one block, the activations and work on one weight; --dry-run knows it."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def measured(tmp_path_factory):
         "deep": helpers.tiny_llama(folder / "deep", num_hidden_layers=8, **sizes),
     }
     (folder / "text.txt").write_text(assets.calibration_text().read_text()[:30_000])
-    common = dict(dataset=str(folder / "text.txt"), num_samples=8, max_seq_len=64, max_shard_size="6MB")
+    common = dict(dataset=str(folder / "text.txt"), num_samples=8, max_seq_len=64)  # one shard, larger than the peak
     jobs = {"warm": ("tiny", CASES["sparsegpt"])} | {name: ("flat", case) for name, case in CASES.items()}
     jobs |= {"magnitude-deep": ("deep", CASES["magnitude"]), "wanda-deep": ("deep", CASES["wanda"])}
     options = [
@@ -88,4 +88,5 @@ def test_the_estimate_is_near_the_peak(measured, method):
 
 @pytest.mark.parametrize("method", ["magnitude", "wanda"])
 def test_the_peak_does_not_grow_with_the_blocks(measured, method):
-    assert measured[f"{method}-deep"][0] < 1.1 * measured[method][0]
+    """Nor with what is written: one shard would be four times what these five blocks more may take."""
+    assert measured[f"{method}-deep"][0] < 1.1 * measured[method][0] + ALLOCATOR
