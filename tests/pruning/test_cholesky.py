@@ -6,6 +6,9 @@ import torch
 from sparse_rt.pruning import cholesky
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
 def definite(n, dtype, seed=0):
     x = torch.randn(3 * n, n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     matrix = x.T @ x + torch.eye(n)
@@ -15,8 +18,9 @@ def definite(n, dtype, seed=0):
 @pytest.mark.parametrize("n", [1, 2, 7, 64, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("by_columns", [False, True])
-def test_equal_to_the_plain_calls_and_nowhere_else(n, dtype, by_columns):
-    matrix = definite(n, dtype)
+@pytest.mark.parametrize("device", DEVICES)
+def test_equal_to_the_plain_calls_and_nowhere_else(n, dtype, by_columns, device):
+    matrix = definite(n, dtype).to(device)
     lower = torch.linalg.cholesky(matrix)
     inverse = torch.cholesky_inverse(lower)
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -28,7 +32,7 @@ def test_equal_to_the_plain_calls_and_nowhere_else(n, dtype, by_columns):
     assert torch.equal(found, inverse) and found.data_ptr() == place
     found = cholesky.factor_(found, upper=True)
     assert torch.equal(found, upper) and found.data_ptr() == place
-    right = torch.randn(5, n, dtype=dtype)
+    right = torch.randn(5, n, dtype=dtype).to(device)
     expected = torch.linalg.solve(matrix.double(), right.double().T).T
     place = right.data_ptr()
     found = cholesky.solve_(lower, right)
