@@ -5,7 +5,6 @@ import torch
 
 from sparse_rt.pruning import cholesky
 
-
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
