@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import checkout  # isort: skip  # noqa: F401
 
+import argparse
 import datetime
 import itertools
 import json
@@ -205,13 +206,16 @@ def described(content: Row) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    flags = [argument for argument in arguments if argument in ("--install", "--second-form")]
-    paths, second_form = [argument for argument in arguments if argument not in flags], "--second-form" in flags
-    rows = [json.loads(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    if "--install" in flags:
-        print(write(rows, FOLDER, second_form))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", type=Path, help="JSON lines of the suite")
+    parser.add_argument("--install", action="store_true", help="write the table beside the others")
+    parser.add_argument("--second-form", action="store_true")
+    given = parser.parse_args(arguments)
+    rows = [json.loads(line) for path in given.rows for line in path.read_text(encoding="utf-8").splitlines()]
+    if given.install:
+        print(write(rows, FOLDER, given.second_form))
     else:
-        print(text(table(rows, second_form)), end="")
+        print(text(table(rows, given.second_form)), end="")
 
 
 if __name__ == "__main__":

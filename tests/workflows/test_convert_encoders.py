@@ -8,7 +8,6 @@ import transformers
 from torch import nn
 
 import helpers
-from sparse_rt import assets
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
 from sparse_rt.config import ConvertOptions, EvalOptions, GenerateOptions
 from sparse_rt.data import read_texts, token_windows
@@ -24,13 +23,6 @@ from sparse_rt.workflows.generate import generate
 
 SAMPLES, LENGTH = 3, 32
 HEAD = "outside of the"
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(assets.calibration_text().read_text()[:4000])
-    return str(path)
 
 
 def run(model, output, text, **options):

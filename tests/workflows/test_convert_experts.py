@@ -31,13 +31,6 @@ def mixtures(tmp_path_factory):
     return {family: helpers.tiny_model(folder / family, family, dtype=torch.float32) for family in PARTS}
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(assets.calibration_text().read_text()[:4000])
-    return str(path)
-
-
 def run(model, output, text, **options):
     options = {"num_samples": SAMPLES, "max_seq_len": LENGTH, "dataset": text, **options}
     return convert(ConvertOptions.build(model=str(model), output_dir=output, **options))
