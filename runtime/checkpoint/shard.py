@@ -54,7 +54,7 @@ class _Waiting:
 class OpenShard:
     """Tensors by name, in a file in ``folder`` that never has a name: nothing stays behind however the process ends.
 
-    ``worker`` (one thread) hashes and stores each beside the thread that makes the next one.
+    ``worker`` hashes and stores one at a time, beside the thread that makes the next one.
     """
 
     def __init__(self, worker: Executor, folder: Path):

@@ -73,8 +73,8 @@ class CheckpointWriter:
         self.folder, self.config, self.sparse = Path(folder), dict(config), sparse
         self.max_shard_bytes, self.fingerprint = max_shard_bytes, fingerprint
         self._shards: list[_Shard] = self._read_journal() if resume else []
-        # sha256 of tensors and finished files, by a thread beside the one that makes the next tensors.
-        self._hashing = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sha256")
+        # Beside the thread that makes the next tensors: one stores the last tensor, one hashes a finished file.
+        self._hashing = ThreadPoolExecutor(max_workers=2, thread_name_prefix="sha256")
         self._pending = OpenShard(self._hashing, self.folder)
         self._pending_weights: dict[str, dict[str, Any]] = {}
         self._file_digests: dict[str, Future[str]] = {}

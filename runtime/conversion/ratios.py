@@ -113,7 +113,10 @@ def _count_outliers(
     outliers = []
     for index in progress.track(range(len(plan.blocks)), "outliers, block by block", total=len(plan.blocks)):
         decisions = [d for key in plan.blocks[index] if (d := plan.decisions.get(key)) and d.pattern]
-        stats = {plan.inner_name(index, d): ActivationStats(d.shape[1], device) for d in decisions}
+        stats = {
+            plan.inner_name(index, d): ActivationStats(d.shape[1], device, expected_sequences=len(tokens))
+            for d in decisions
+        }
         block = runner.open(index)
         runner.collect(index, stats, advance=index + 1 < len(plan.blocks))
         for name, seen in stats.items():

@@ -38,7 +38,8 @@ class ActivationStats:
         self._rows_each = math.ceil(SAMPLE_ROWS / max(expected_sequences, 1))
         # In one piece: rows kept one by one among the temporaries of a block tear holes into the heap (15 MB more
         # were measured on a model 1024 wide).
-        self._sample = torch.empty(self._rows_each * max(expected_sequences, 1), n, dtype=torch.float32, device=device)
+        rows = min(self._rows_each * max(expected_sequences, 1), 2 * SAMPLE_ROWS)
+        self._sample = torch.empty(rows, n, dtype=torch.float32, device=device)
         self._sampled = 0
 
     def add(self, x: Tensor) -> None:
@@ -56,8 +57,10 @@ class ActivationStats:
 
     def _keep(self, rows: Tensor) -> None:
         end = self._sampled + len(rows)
-        if end > len(self._sample):  # more sequences than expected
-            self._sample = torch.cat([self.sample(), self._sample.new_empty(end, self.n)])
+        if end > len(self._sample):  # more sequences than expected, or than rows are wanted
+            kept = self.sample()
+            self._sample = kept.new_empty(2 * end, self.n)
+            self._sample[: len(kept)] = kept
         self._sample[self._sampled : end] = rows
         self._sampled = end
 
