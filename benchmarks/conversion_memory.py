@@ -36,7 +36,7 @@ from sparse_rt.conversion.memory import release
 from sparse_rt.progress import Progress
 from sparse_rt.workflows.convert import convert
 
-METHODS = ("magnitude", "wanda", "sparsegpt")
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps")
 TINY = Shape(2, 64, 160, 4, 2, 4096, 256)
 BAR = ("block", "activations")  # and one shard
 
@@ -118,7 +118,7 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 @click.option("--workdir", type=click.Path(path_type=Path), help="folder for the models, which stay there")
 @click.option("--output", type=click.Path(path_type=Path), help="JSON lines, appended to")
 @click.option("--layers", multiple=True, type=int, default=(8, 16, 32), show_default=True, help="0: none, to plot only")
-@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=METHODS, show_default=True)
+@click.option("--method", "methods", multiple=True, type=click.Choice(METHODS), default=METHODS[:3], show_default=True)
 @click.option("--num-samples", default=16, show_default=True)
 @click.option("--max-seq-len", default=256, show_default=True)
 @click.option("--max-shard-size", default="100MB", show_default=True)
