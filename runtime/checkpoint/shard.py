@@ -2,7 +2,7 @@
 
 safetensors' own serializer wants all tensors of a file in memory at once, which for shards of 5 GB would be most of
 what a conversion takes. Writing and reading them once more costs `convert --method none`, which does nothing else, 2 to
-4 % of its time (benchmarks/NOTES.md). The result is byte for byte what the library writes, with its free text in a
+10 % of its time (benchmarks/NOTES.md). The result is byte for byte what the library writes, with its free text in a
 fixed order (the library's is that of a randomly seeded hash map); ``tests/checkpoint/test_shard.py`` compares them.
 """
 

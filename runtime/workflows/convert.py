@@ -1,4 +1,4 @@
-"""``sparse-rt convert``: prune (or not), compress and save a model, one decoder block and one shard in memory."""
+"""``sparse-rt convert``: prune (or not), compress and save a model, one decoder block in memory."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ def merge(options: MergeOptions, progress: Progress | None = None) -> dict[str, 
 
     The merged values are stored plain, those of an int8 base too: `export --to int8` quantizes them again.
 
-    One weight and one shard in memory, except for the comparison of logits, which loads base and merged model one
+    One weight in memory, except for the comparison of logits, which loads base and merged model one
     after the other. Raises ``UserError`` / ``FormatError`` for an adapter that is damaged or belongs to another model,
     ``CheckFailed`` when the result is not what base + adapter computes; the output folder appears only after the proof.
     """
