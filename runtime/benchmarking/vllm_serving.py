@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -25,9 +26,10 @@ from sparse_rt.progress import Progress
 NAME = "vllm"
 BIND, MULTIPROCESSING = "VLLM_CPU_OMP_THREADS_BIND", "VLLM_ENABLE_V1_MULTIPROCESSING"
 DRIVE_SECONDS = 3600
-# Where the server or the load generator waited for a core, all tokens of an answer are read at once, microseconds
-# apart; no model is as fast as this (s a token). Such a drive tells nothing and is repeated.
-ONE_PIECE_SECONDS, ATTEMPTS = 1e-4, 5
+# The front process of vLLM sends nothing while the next token is there before it has dealt with the last: where others
+# take its cores and a step is short, an answer goes out whole, its tokens microseconds apart; no model is as fast as
+# this (s a token). Such a drive tells nothing and is repeated, later each time, for it lasts as long as the others do.
+ONE_PIECE_SECONDS, PAUSES = 1e-4, (1, 2, 4, 8)
 # Field of a drive, and what a reader calls it. Throughput first: as seconds an output token, lower is better like all.
 METRICS = {
     "output_throughput": "output tokens a second",
@@ -152,13 +154,15 @@ class Drives:
         for server in self.others:
             # A worker of vLLM polls for a while after its last step, on the cores that this server computes on.
             wait_until_idle(server.session)
-        for _ in range(ATTEMPTS):
+        for pause in (0, *PAUSES):
+            time.sleep(pause)
             found = self._answers({**self.job, "request_rate": rate, "seed": seed})
             if found["median_tpot"] >= ONE_PIECE_SECONDS:
                 return {**found, "output_throughput": found["duration"] / sum(found["output_tokens"])}
         raise SparseRTError(
-            f"most answers of the OpenAI server for {self.server.folder} arrived in one piece, {ATTEMPTS} times: the "
-            "machine is too busy to measure; raise --new-tokens or try again later"
+            f"most answers of the OpenAI server for {self.server.folder} arrived in one piece, "
+            f"{1 + len(PAUSES)} times: other processes leave the server too little time for a model as fast as this; "
+            "end them or take a larger model"
         )
 
     def _answers(self, job: dict[str, Any]) -> dict[str, Any]:

@@ -23,9 +23,10 @@ from sparse_rt.errors import SparseRTError
 from sparse_rt.report import bar_chart
 from sparse_rt.workflows.bench import bench, table_rows
 
-SIZES = dict(hidden_size=512, intermediate_size=4096, num_hidden_layers=3)
-# With 16 new tokens a worker of this small model once finished all answers before a busy machine sent the first token.
-RATES, REQUESTS, NEW_TOKENS = [8.0, float("inf")], 4, 64
+SIZES = dict(hidden_size=512, intermediate_size=4096, num_hidden_layers=12)
+# Steps of 12 layers take 12 to 20 ms. With 3 layers (3 to 8 ms) the front process of a busy machine is always a step
+# behind, and sends answers in one piece however long they are.
+RATES, REQUESTS, NEW_TOKENS = [8.0, float("inf")], 4, 32
 
 
 @pytest.fixture
@@ -163,11 +164,12 @@ def test_requests_that_fail_or_stop_early_end_the_run(drives):
         drives(Stub(output_tokens=[4, 3])).drive(1.0, seed=0)
 
 
-def test_a_drive_whose_answers_came_in_one_piece_is_repeated_and_then_refused(drives):
-    stub = Stub(median_tpot=3e-6)
-    with pytest.raises(SparseRTError, match="arrived in one piece, 5 times.*raise --new-tokens"):
+def test_a_drive_whose_answers_came_in_one_piece_is_repeated_and_then_refused(drives, monkeypatch):
+    stub, pauses = Stub(median_tpot=3e-6), []
+    monkeypatch.setattr(vllm_serving.time, "sleep", pauses.append)
+    with pytest.raises(SparseRTError, match="arrived in one piece, 5 times.*a larger model"):
         drives(stub).drive(1.0, seed=5)
-    assert stub.seeds == [5] * vllm_serving.ATTEMPTS
+    assert stub.seeds == [5] * 5 and pauses == [0, *vllm_serving.PAUSES]
 
 
 def test_every_pair_has_its_own_seed_and_both_sides_share_it(drives):
