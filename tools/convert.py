@@ -23,6 +23,7 @@ def report(result: dict[str, Any]) -> None:
         ]
         show(table("plan (nothing is written)", ["weight", "shape", "pattern", "dense>", "compressed>"], rows))
         show(f"estimated peak memory: {size(result['estimated_peak_memory_bytes']['total'])}")
+        show(f"room needed on the disk: {size(result['needed_disk_bytes'])}")
         if result["estimated_seconds"]:
             show(f"estimated time on this machine: {duration(result['estimated_seconds']['total'])}")
     reasons: dict[str, list[str]] = {}

@@ -127,19 +127,26 @@ class Plan:
         """Bytes of the whole model and coverage in percent of the bytes of all linear weights."""
         linear = sum(d.dense_bytes for d in self.decisions.values())
         covered = sum(d.dense_bytes for d in self.decisions.values() if d.pattern)
-        rest = sum(
+        before, after = self._other_bytes() + linear, self.compressed_bytes(self.sparsity)
+        return {
+            "dense_bytes": before,
+            "compressed_bytes": after,
+            "ratio": round(after / before, 4),
+            "linear_bytes": linear,
+            "coverage_percent": round(100 * covered / linear, 2) if linear else 0.0,
+        }
+
+    def compressed_bytes(self, assumed_sparsity: float) -> int:
+        """Bytes of all tensors of the result; where the data decides, ``assumed_sparsity`` stands in."""
+        return self._other_bytes() + sum(d.stored_bytes(assumed_sparsity) for d in self.decisions.values())
+
+    def _other_bytes(self) -> int:
+        """Of what is no weight of a linear module."""
+        return sum(
             tensor.numel * self.stored_dtype(tensor).itemsize
             for key, tensor in self.source.tensors.items()
             if key not in self.decisions
         )
-        after = rest + sum(d.stored_bytes(self.sparsity) for d in self.decisions.values())
-        return {
-            "dense_bytes": rest + linear,
-            "compressed_bytes": after,
-            "ratio": round(after / (rest + linear), 4),
-            "linear_bytes": linear,
-            "coverage_percent": round(100 * covered / linear, 2) if linear else 0.0,
-        }
 
     def pruned_in(self, index: int) -> list[Decision]:
         """The weights of block ``index`` that are compressed, in the order of the file."""

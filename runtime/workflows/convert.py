@@ -40,6 +40,7 @@ from sparse_rt.conversion.files import copy_small_files, refuse_same_folder
 from sparse_rt.conversion.memory import keep_heap_small
 from sparse_rt.conversion.notes import remove_notes
 from sparse_rt.conversion.plan import owl_setting
+from sparse_rt.conversion.room import disk_bytes, refuse_full_disk
 from sparse_rt.conversion.write import follow
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.device import pick_device
@@ -103,6 +104,7 @@ def _convert(options: ConvertOptions, progress: Progress, crew: Crew, device: to
         refuse_alone(crew, alone | {"--ratios owl": options.ratios == "owl"})
         if options.dry_run:
             return dry_run(plan, device, progress) if crew.leads else None
+        refuse_full_disk(plan, output)
         if not plan.pruner.prunes:
             progress.stage("looking for zeros")
             refuse_unpruned(source, plan.decisions.values())
@@ -309,6 +311,7 @@ def dry_run(plan: Plan, device: torch.device, progress: Progress) -> dict[str, A
         "skipped": plan.skipped(),
         "estimated_peak_memory_bytes": memory,
         "estimated_seconds": seconds,
+        "needed_disk_bytes": disk_bytes(plan, plan.sparsity),
         "notes": notes,
     }
 

@@ -329,6 +329,7 @@ def test_dry_run_reads_headers_only(tmp_path, monkeypatch):
     assert result["linear_bytes"] == offset - head - 2 * 8192 * 161
     expected = (result["linear_bytes"] - head) * 9 // 16 + 2 * head + 2 * 8192 * 161
     assert result["compressed_bytes"] == expected
+    assert result["needed_disk_bytes"] == expected + 5 * 10**9
     block = 2 * (2 * 8192 * 8192 + 2 * 1024 * 8192 + 3 * 8192 * 28672 + 2 * 8192)
     memory = result["estimated_peak_memory_bytes"]
     assert memory["block"] == block and memory["activations"] == 2 * 128 * 2048 * 8192
