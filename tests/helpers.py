@@ -80,6 +80,11 @@ _FAMILIES = {
     "gpt_neox": ("GPTNeoXConfig", dict(num_key_value_heads=None)),
     "bert": ("BertConfig", dict(tie_word_embeddings=True)),
     "roberta": ("RobertaConfig", dict(tie_word_embeddings=True, max_position_embeddings=256 + 2)),
+    "albert": ("AlbertConfig", dict(embedding_size=32)),
+    "deberta": ("DebertaV2Config", dict(relative_attention=True, pos_att_type=["p2c", "c2p"])),
+    "modernbert": ("ModernBertConfig", dict(cls_token_id=0, sep_token_id=0)),
+    "distilbert": ("DistilBertConfig", dict(dim=64, hidden_dim=160, n_layers=2, n_heads=4)),
+    "t5": ("T5Config", dict(d_model=64, d_ff=160, num_layers=1, num_heads=4, d_kv=16)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)),
 }

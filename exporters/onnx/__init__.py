@@ -3,6 +3,7 @@
 exporter.py                   the options, and the steps of an export
 skeleton.py                   a model without its weights: modules, buffers, placeholders
 trace.py, builder.py          its graph: standard operators, or those of onnxruntime-genai's model builder
+encoder.py                    the same for models that read a whole text at once and have no cache
 assemble.py, external.py      weights attached to a graph, one at a time; the data file they go to
 operands.py, rows.py          as which operator, with which tensors; those that one operator reads together
 functions.py, body.py         the operators as functions of standard operators, the fallback inside the file

@@ -6,6 +6,7 @@ memory at a time. Activations are float32, so a dense bfloat16 weight of the for
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -21,7 +22,8 @@ from sparse_rt.exporters.onnx.rows import JoinedCheckpoint
 from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Names, Weight
 from sparse_rt.formats import VALUE_DTYPES, get_format
 
-# Larger initializers that tracing left in the graph (embeddings of an unusual class) go back to their stored dtype.
+# Tables and larger initializers that tracing left in the graph (embeddings that a model reads itself, or of an unusual
+# class) go back to their stored dtype.
 _LARGE = 1 << 16
 
 _TYPES = {
@@ -50,6 +52,7 @@ class Assembler:
         self.names, self.form, self.quantization = names, form, quantization or operands.Quantization()
         self.data_path = folder / external.DATA_NAME
         self._stored: set[str] = set()
+        self._uses: Counter[str] = Counter()
         self._casts: list[onnx.NodeProto] = []
 
     def build(self, weights: dict[str, Weight]) -> onnx.ModelProto:
@@ -68,9 +71,12 @@ class Assembler:
         return self.proto
 
     def _layer(self, node: onnx.NodeProto, weights: dict[str, Weight]) -> list[onnx.NodeProto]:
-        name = node.attribute[0].s.decode()
-        weight = weights[name]
+        module = node.attribute[0].s.decode()
+        weight = weights[module]
         x, y = node.input[0], node.output[0]
+        self._uses[module] += 1
+        # Layers that share all their weights (ALBERT) are one module, and a graph has no two nodes of one name.
+        name = module if self._uses[module] == 1 else f"{module}.{self._uses[module]}"
         if weight.kind == "embedding":
             table, dtype = self._dense(weight)
             rows = y if dtype == torch.float32 else f"{name}.rows"
@@ -161,8 +167,13 @@ class Assembler:
             tensor = torch.frombuffer(bytearray(initializer.raw_data), dtype=torch.float32)
             tensor = tensor.view(tuple(initializer.dims))
             name = initializer.name
+            if name in self._stored:
+                raise UserError(
+                    f"the model calls the layer of {name} and reads the table itself, of which the ONNX export takes "
+                    "one; use transformers, or export --to dense"
+                )
             graph.initializer.remove(initializer)
-            narrow = self._narrow(name, tensor) if tensor.numel() >= _LARGE else tensor
+            narrow = self._narrow(name, tensor) if tensor.dim() > 1 or tensor.numel() >= _LARGE else tensor
             if narrow.dtype == torch.float32:
                 self._store(name, tensor)
             else:

@@ -12,10 +12,12 @@ import torch
 from sparse_rt.checkpoint import Checkpoint
 from sparse_rt.errors import CheckFailed
 from sparse_rt.exporters.int8 import LIMIT as INT8_LIMIT
+from sparse_rt.exporters.onnx.encoder import EncoderModel
 from sparse_rt.exporters.onnx.engine import BASE_NOTE, MODEL_NAME
 from sparse_rt.exporters.onnx.generation import OnnxModel
 from sparse_rt.exporters.onnx.skeleton import Names
 from sparse_rt.exporters.onnx.stored import StoredWeights
+from sparse_rt.families import predicts_next_token
 from sparse_rt.hf.load import load
 from sparse_rt.optional import require
 
@@ -46,8 +48,9 @@ def check(source: Path, output: Path) -> dict[str, Any]:
     figures: dict[str, Any] = {"weights_equal": stored.check()}
     if stored.quantized:
         figures |= _round_reference(reference, stored)
-    figures |= compare_runs(reference, OnnxModel(output, kernel="body"))
-    model = OnnxModel(output)
+    opened = OnnxModel if predicts_next_token(reference.config) else EncoderModel
+    figures |= compare_runs(reference, opened(output, kernel="body"))
+    model = opened(output)
     figures["kernel"] = model.kernel
     if figures["kernel"] != "body":
         tolerance = ROUNDED_TOLERANCE if stored.rounds_activations else TOLERANCE
@@ -58,11 +61,11 @@ def check(source: Path, output: Path) -> dict[str, Any]:
 
 def _round_reference(reference: torch.nn.Module, stored: StoredWeights) -> dict[str, float]:
     """Give ``reference`` the weights that int8 values of the file stand for; what that costs, if they are new."""
-    before = _torch_logits(reference, *_prompt(reference))
+    before = _first_output(reference)
     stored.put_into(reference)
     if stored.source_is_int8:
         return {}
-    change = _torch_logits(reference, *_prompt(reference)) - before
+    change = _first_output(reference) - before
     relative = float(np.linalg.norm(change) / np.linalg.norm(before))
     if not relative <= INT8_LIMIT:
         raise CheckFailed(
@@ -92,8 +95,12 @@ def _prompt(reference: torch.nn.Module) -> tuple[np.ndarray, np.ndarray]:
     return ids, mask
 
 
-def compare_runs(reference: torch.nn.Module, model: OnnxModel, tolerance: float = TOLERANCE) -> dict[str, Any]:
-    """Logits and greedy tokens of ``model`` against the float32 torch ``reference``; the figures."""
+def compare_runs(
+    reference: torch.nn.Module, model: OnnxModel | EncoderModel, tolerance: float = TOLERANCE
+) -> dict[str, Any]:
+    """Logits and greedy tokens of ``model``, or all outputs of an encoder, against the float32 torch ``reference``."""
+    if isinstance(model, EncoderModel):
+        return _compare_outputs(reference, model, tolerance)
     ids, mask = _prompt(reference)
     expected = _torch_logits(reference, ids, mask)
     figures: dict[str, Any] = {"tolerance": tolerance, "logit_scale": float(np.abs(expected[mask == 1]).max())}
@@ -118,6 +125,26 @@ def compare_runs(reference: torch.nn.Module, model: OnnxModel, tolerance: float 
     return figures
 
 
+def _compare_outputs(reference: torch.nn.Module, model: EncoderModel, tolerance: float) -> dict[str, Any]:
+    """Every output for a whole text, and for three of different lengths padded on the right, where no padding is."""
+    ids, mask = _prompt(reference)
+    mask = mask[:, ::-1].copy()
+    expected = _torch_outputs(reference, ids, mask)
+    scales = {name: float(np.abs(value).max()) for name, value in expected.items()}
+    figures: dict[str, Any] = {"tolerance": tolerance, "output_scale": max(scales.values())}
+    for run, rows in {"whole": slice(0, 1), "padded_batch": slice(None)}.items():
+        found = model.outputs(ids[rows], mask[rows])
+        if found.keys() != expected.keys():
+            raise CheckFailed(f"ONNX Runtime returns {', '.join(found)}, torch {', '.join(expected)}; export again")
+        differences = []
+        for name, value in expected.items():
+            kept = mask[rows] == 1 if value.shape[:2] == mask.shape else slice(None)  # of every token, or of the text
+            pair = found[name][kept], value[rows][kept]
+            differences.append(_difference(f"{run.replace('_', ' ')} {name}", *pair, scales[name], tolerance))
+        figures[f"{run}_max_difference"] = max(differences)
+    return figures
+
+
 def _decode_logits(model: OnnxModel, ids: np.ndarray) -> np.ndarray:
     """Logits when every token is fed on its own, starting from an empty past."""
     past, steps = None, []
@@ -128,14 +155,33 @@ def _decode_logits(model: OnnxModel, ids: np.ndarray) -> np.ndarray:
 
 
 def _compare(figures: dict[str, Any], name: str, found: np.ndarray, expected: np.ndarray) -> None:
-    difference = float(np.abs(found - expected).max())
-    relative = difference / max(1.0, figures["logit_scale"])
+    difference = _difference(f"{name} logits", found, expected, figures["logit_scale"], figures["tolerance"])
     figures[f"{name}_max_difference"] = difference
-    if not relative <= figures["tolerance"]:  # NaN fails too
+
+
+def _difference(what: str, found: np.ndarray, expected: np.ndarray, scale: float, tolerance: float) -> float:
+    """The largest difference; ``CheckFailed`` for more than ``tolerance`` of ``scale``, the largest number."""
+    difference = float(np.abs(found - expected).max())
+    if not difference / max(1.0, scale) <= tolerance:  # NaN fails too
         raise CheckFailed(
-            f"{name} logits of ONNX Runtime differ from torch by {difference:.3g} (largest logit "
-            f"{figures['logit_scale']:.3g}, allowed {figures['tolerance']:g} of it)"
+            f"{what} of ONNX Runtime differ from torch by {difference:.3g} (largest {scale:.3g}, allowed {tolerance:g} "
+            "of it)"
         )
+    return difference
+
+
+def _first_output(reference: torch.nn.Module) -> np.ndarray:
+    ids, mask = _prompt(reference)
+    if predicts_next_token(reference.config):
+        return _torch_logits(reference, ids, mask)
+    return next(iter(_torch_outputs(reference, ids, mask).values()))
+
+
+@torch.no_grad()
+def _torch_outputs(reference: torch.nn.Module, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """What ``reference`` returns, but for caches."""
+    found = reference(input_ids=torch.as_tensor(ids), attention_mask=torch.as_tensor(mask))
+    return {name: value.float().numpy() for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from sparse_rt.checkpoint import Checkpoint, read_json
 from sparse_rt.config import Options
+from sparse_rt.errors import UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
 from sparse_rt.exporters.folder import copy_side_files, write_dense_config
 from sparse_rt.exporters.onnx.body import MAX_FOLDED_WEIGHTS, choose_body, outlook
@@ -82,24 +83,32 @@ class OnnxExporter(Exporter):
         choose_body(checkpoint, chosen)  # refuses what no body can carry, before any work
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
+        from sparse_rt.exporters.onnx.encoder import trace_encoder
         from sparse_rt.exporters.onnx.manifest import describe_layers, write_manifest
         from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
         from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, note
         from sparse_rt.exporters.onnx.skeleton import open_skeleton
         from sparse_rt.exporters.onnx.trace import trace
+        from sparse_rt.families import predicts_next_token
 
         if chosen.genai:
             genai.check_type(read_json(source / "config.json"))
         how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
         how.check(checkpoint)
         model, weights, names = open_skeleton(checkpoint)
+        generates = predicts_next_token(model.config)
+        if chosen.genai and not generates:
+            raise UserError(
+                f"{source} is a {type(model).__name__}, which onnxruntime-genai does not run: it generates no text; "
+                "leave genai and base out"
+            )
         dense = {weight.owner: weight.rows * weight.columns for weight in weights.values() if weight.kind == "linear"}
         body = choose_body(checkpoint, chosen, sum(dense.values()))
         if chosen.base == "genai":
             proto, joined = builder.build(model, weights, checkpoint, names, MAX_FOLDED_WEIGHTS)
         else:
-            proto, joined = trace(model, chosen.opset), {}
+            proto, joined = (trace if generates else trace_encoder)(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
         stored = JoinedCheckpoint(checkpoint, joined)
         assembler = Assembler(output, proto, stored, names, form, how)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx.engine import BASE_NOTE, Kernel, session, which_kernel
 from sparse_rt.optional import require
 
@@ -36,6 +37,11 @@ class OnnxModel:
         _give_back_memory()
         self._inputs = {entry.name: entry.shape for entry in self.session.get_inputs()}
         self._outputs = [entry.name for entry in self.session.get_outputs()]
+        if not any(name.startswith("past_key_values.") for name in self._inputs):
+            raise UserError(
+                f"{folder} returns {', '.join(self._outputs)} and takes no keys and values of earlier tokens, so it "
+                "generates no text; `sparse_rt.exporters.onnx.session` runs it"
+            )
         self._pads_right = self.session.get_modelmeta().custom_metadata_map.get(BASE_NOTE) == "genai"
 
     @property

@@ -37,14 +37,37 @@ POSITIONS    results = dict(zip(outputs, session.run(outputs, feed)))
     tokens.append(int(ids[0, 0]))
 print(tokenizer.decode(tokens))
 ```"""
+_ENCODER_SNIPPET = """```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+folder = "."
+session = onnxruntime.InferenceSession(f"{folder}/model.onnx", providers=["CPUExecutionProvider"])
+encoded = AutoTokenizer.from_pretrained(folder)("def main():", return_tensors="np")
+ids = encoded["input_ids"].astype(np.int64)
+feed = {"input_ids": ids, "attention_mask": np.ones_like(ids)}  # 0 at padding
+TYPESnames = [output.name for output in session.get_outputs()]
+for name, value in zip(names, session.run(names, feed)):
+    print(name, value.shape)
+```"""
+_TYPES = 'feed["token_type_ids"] = encoded.get("token_type_ids", np.zeros_like(ids)).astype(np.int64)\n'
 _POSITIONS = '    feed["position_ids"] = np.arange(length - ids.shape[1], length)[None]\n'
 
 _LIBRARY = """\
 With `pip install sparse-rt` and a C compiler, `sparse_rt.exporters.onnx.session(".")` opens the same file with
 operators that multiply the compressed weights as they lie in it: nothing is decompressed at load, and
-`which_kernel(session)` tells whether they run. `sparse-rt generate . --engine onnx --prompt TEXT` does both.
+`which_kernel(session)` tells whether they run.GENERATE
 
 """
+_GENERATE = " `sparse-rt generate . --engine onnx --prompt TEXT` does both."
+_IN_OUT = """\
+Inputs: `input_ids`, `attention_mask`POSITIONS, `past_key_values.N.key/value`;
+outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
+Activations are float32."""
+_ENCODER_IN_OUT = """\
+Inputs: INPUTS, int64 [batch, sequence]; outputs: OUTPUTS. Both lengths are
+dynamic. Activations are float32."""
 _GENAI = """
 `onnxruntime_genai.Model(".")` opens the folder as well. Set `max_length`: keys and values get one buffer of that length
 at once. The shorter prompts of a batch are padded on the right, because attention counts the mask and does not look
@@ -120,10 +143,8 @@ def write_readme(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], fo
     total, kept = sum(entry.m * entry.n for entry in weights), sum(entry.nnz for entry in weights)
     patterns = ", ".join(sorted({entry.pattern for entry in weights}))
     proto = onnx.load(str(folder / MODEL_NAME), load_external_data=False)
-    with_positions = any(entry.name == "position_ids" for entry in proto.graph.input)
     operators = ", ".join(f"`{function.name}`" for function in proto.functions)
-    positions = ", `position_ids`" if with_positions else ""
-    body, library = "", _LIBRARY if facts["form"] == "function" else ""
+    body = ""
     base = facts["base"]
     form = _FORMS[facts["form"]].format(opset=facts["opset"], versions=_VERSIONS[base], operators=operators)
     if facts["form"] == "dense" and base == "portable":
@@ -148,11 +169,7 @@ sparse-rt from `{checkpoint.folder.name}`.
 
 `pip install onnxruntime transformers`, then, in this folder:
 
-{_SNIPPET.replace("POSITIONS", _POSITIONS if with_positions else "")}
-
-{library}Inputs: `input_ids`, `attention_mask`{positions}, `past_key_values.N.key/value`;
-outputs: `logits`, `present.N.key/value`. Batch, sequence and past are dynamic; the first call has a past of length 0.
-Activations are float32.
+{_how_to_run(proto, facts["form"] == "function")}
 {_GENAI if base == "genai" else ""}
 ## What is inside
 
@@ -161,3 +178,22 @@ Activations are float32.
 every layer, and says why it is dense where it is.
 """
     (folder / "README.md").write_text(text)
+
+
+def _how_to_run(proto: onnx.ModelProto, operators: bool) -> str:
+    """A program, the library where ``operators`` of ours are in the graph, inputs and outputs."""
+    inputs, outputs = ([entry.name for entry in entries] for entries in (proto.graph.input, proto.graph.output))
+    generates = any(name.startswith("past_key_values.") for name in inputs)
+    library = _LIBRARY.replace("GENERATE", _GENERATE if generates else "") if operators else ""
+    if generates:
+        positions = "position_ids" in inputs
+        program = _SNIPPET.replace("POSITIONS", _POSITIONS if positions else "")
+        described = _IN_OUT.replace("POSITIONS", ", `position_ids`" if positions else "")
+    else:
+        program = _ENCODER_SNIPPET.replace("TYPES", _TYPES if "token_type_ids" in inputs else "")
+        described = _ENCODER_IN_OUT.replace("INPUTS", _quoted(inputs)).replace("OUTPUTS", _quoted(outputs))
+    return f"{program}\n\n{library}{described}"
+
+
+def _quoted(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)

@@ -9,8 +9,9 @@ tensor: the optimizer transposes dense weights into unnamed copies, stores tied 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -51,11 +52,14 @@ class _Embedding(nn.Embedding):
         return _placeholder(input, self.name, (*input.shape, self.embedding_dim))
 
 
-def _take_embedding(name: str, module: nn.Embedding) -> None:
-    """Some subclasses multiply (Gemma) or compute positions first (OPT): they keep their class, and lose the table."""
+def _take_embedding(name: str, module: nn.Embedding, load: Callable[[], Tensor]) -> None:
+    """Some subclasses multiply (Gemma) or compute positions first (OPT): they keep their class, and lose the table.
+
+    ``load`` gives it back where a model reads it other than by calling the layer (DeBERTa's relative positions).
+    """
     kind = type(module)
     module.__class__ = _Embedding if kind is nn.Embedding else type(kind.__name__, (kind, _Embedding), {})
-    module.name = name
+    module.name, module.load_table = name, load
     del module._parameters["weight"]
     module.weight = torch.empty(module.num_embeddings, module.embedding_dim, device="meta")  # they look at its dtype
 
@@ -104,7 +108,7 @@ def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight],
     """The model of ``checkpoint`` with placeholders, in eval mode and float32, the weights they stand for by name,
     and how the checkpoint calls them.
 
-    Raises ``UserError`` where transformers has no such causal language model, or the checkpoint lacks a tensor of it.
+    Raises ``UserError`` where transformers has no such language model, or the checkpoint lacks a tensor of it.
     """
     model = _empty_model(checkpoint)
     names = Names.of(model, checkpoint)
@@ -115,26 +119,26 @@ def open_skeleton(checkpoint: Checkpoint) -> tuple[nn.Module, dict[str, Weight],
 
 
 def _empty_model(checkpoint: Checkpoint) -> nn.Module:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from sparse_rt.families import auto_class
 
     accelerate = require("accelerate", extra="onnx")
+    if checkpoint.config.get("is_encoder_decoder"):
+        raise UserError(
+            f"{checkpoint.folder} has an encoder and a decoder, and the ONNX export writes models of one of them; "
+            "use transformers, or export --to dense"
+        )
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        if auto_class(config) is not AutoModelForCausalLM:
-            raise UserError(
-                f"{checkpoint.folder} is a {config.architectures[0]}, and the ONNX export writes causal language "
-                "models; use transformers, or export --to dense"
-            )
         del config.quantization_config
         # float32: buffers such as rotary frequencies are computed in the dtype of the model.
         with accelerate.init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            model = auto_class(config).from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, OSError, ImportError, AttributeError) as error:
         raise UserError(
-            f"transformers cannot build the causal language model of {checkpoint.folder} "
-            f"({str(error).splitlines()[0]}); the export works on models that AutoModelForCausalLM loads"
+            f"transformers cannot build the model of {checkpoint.folder} ({str(error).splitlines()[0]}); the export "
+            "works on language models that the Auto classes of transformers load"
         ) from error
     model.tie_weights()
     return model.eval()
@@ -152,13 +156,17 @@ def _take_weights(model: nn.Module, checkpoint: Checkpoint, names: Names) -> dic
         owner = owners.get(id(module.weight), name)
         if isinstance(module, nn.Embedding):
             weights[name] = Weight(owner, "embedding", module.num_embeddings, module.embedding_dim)
-            _take_embedding(name, module)
+            _take_embedding(name, module, partial(_table, checkpoint, names.key(f"{owner}.weight", checkpoint.tensors)))
         elif type(module) is nn.Linear:
             sparse = names.key(name, checkpoint.weights) is not None
             kind, owner = ("sparse", name) if sparse else ("linear", owner)
             weights[name] = Weight(owner, kind, module.out_features, module.in_features)
             model.set_submodule(name, _Linear(name, module))
     return weights
+
+
+def _table(checkpoint: Checkpoint, key: str) -> Tensor:
+    return checkpoint.load(key).float()
 
 
 def _check_coverage(checkpoint: Checkpoint, weights: dict[str, Weight]) -> None:
@@ -172,12 +180,16 @@ def _check_coverage(checkpoint: Checkpoint, weights: dict[str, Weight]) -> None:
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, names: Names) -> None:
     """Load every parameter that is left, and the buffers that the checkpoint has."""
+    keys: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (key := names.key(name, checkpoint.tensors)) is not None:
+            keys.setdefault(id(parameter), key)  # a tied bias lies in the checkpoint under one of its names
     for module_name, module in model.named_modules():
         for own, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
                 continue
             name = f"{module_name}.{own}" if module_name else own
-            key = names.key(name, checkpoint.tensors)
+            key = keys.get(id(parameter))
             if key is None:
                 raise UserError(
                     f"parameter {name} of {type(model).__name__} is not in the checkpoint under that name; ONNX cannot "

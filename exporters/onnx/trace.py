@@ -64,23 +64,49 @@ def trace(model: nn.Module, opset: int) -> Any:
     }
     cache_names = [f"{index}.{part}" for index in range(len(shapes)) for part in ("key", "value")]
     inputs = ["input_ids", "attention_mask", *(["position_ids"] if wrapper.takes_positions else [])]
+    outputs = ["logits", *(f"present.{name}" for name in cache_names)]
+    inputs += [f"past_key_values.{name}" for name in cache_names]
+    return to_onnx(wrapper, (ids, mask, positions, past), inputs, outputs, dynamic, opset)
+
+
+def to_onnx(
+    wrapper: nn.Module, arguments: tuple, inputs: list[str], outputs: list[str], dynamic: dict[str, Any], opset: int
+) -> Any:
+    """The graph of ``wrapper``, whose attribute ``model`` is the skeleton, traced with ``arguments``.
+
+    ``dynamic`` names the lengths that may change, by argument. ``SparseRTError`` when the export fails.
+    """
     with _quiet(), torch.no_grad():
         try:
             program = torch.onnx.export(
                 wrapper,
-                (ids, mask, positions, past),
+                arguments,
                 dynamo=True,
                 opset_version=opset,
-                input_names=inputs + [f"past_key_values.{name}" for name in cache_names],
-                output_names=["logits", *(f"present.{name}" for name in cache_names)],
+                input_names=inputs,
+                output_names=outputs,
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
+            _load_tables(program.model.graph.initializers, wrapper)
+            proto = program.model_proto
         except Exception as error:
             raise SparseRTError(
-                f"torch.onnx could not export {type(model).__name__}: {_first_line(error)}; --debug shows the cause"
+                f"torch.onnx could not export {type(wrapper.model).__name__}: {first_line(error)}; --debug shows the "
+                "cause"
             ) from error
-    return _clean(program.model_proto)
+    return _clean(proto)
+
+
+def _load_tables(initializers: Any, wrapper: nn.Module) -> None:
+    """Give the graph the embeddings of a skeleton that the model reads itself, which are weightless in it."""
+    import onnx_ir
+
+    for name, value in initializers.items():
+        raw = getattr(value.const_value, "raw", None)
+        if isinstance(raw, Tensor) and raw.is_meta:
+            table = wrapper.get_submodule(name.removesuffix(".weight")).load_table()
+            value.const_value = onnx_ir.tensor(table.numpy(), name=name)
 
 
 def _cache_shapes(model: nn.Module) -> list[list[tuple[int, int]]]:
@@ -92,11 +118,11 @@ def _cache_shapes(model: nn.Module) -> list[list[tuple[int, int]]]:
     except (AttributeError, IndexError, TypeError) as error:
         raise UserError(
             f"{type(model).__name__} cannot be exported to ONNX: it does not run on plain linear layers with one key "
-            f"and value tensor a layer ({_first_line(error)})"
+            f"and value tensor a layer ({first_line(error)})"
         ) from error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 

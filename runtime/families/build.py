@@ -35,6 +35,13 @@ def auto_class(config: Any) -> type:
     return causal
 
 
+def predicts_next_token(config: Any) -> bool:
+    """Whether ``auto_class`` builds a causal language model: not an encoder, not a classifier on a decoder."""
+    import transformers
+
+    return auto_class(config) is transformers.AutoModelForCausalLM
+
+
 def _class_names(auto: type, config: Any) -> set[str]:
     """Names of the classes that ``auto`` makes from a config of this type."""
     if type(config) not in auto._model_mapping:

@@ -172,10 +172,25 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         if linear.bias is not None:
             empty.bias = linear.bias
         model.set_submodule(name, empty)
+        _leave_alone(model, name)
         swapped[name] = key
     dense = (key for key in checkpoint.dense_tensors() if key.endswith(".weight"))
     _check_missing(model, {names.parameter(key): key.removesuffix(".weight") for key in dense}, checkpoint)
     return swapped
+
+
+def _leave_alone(model: nn.Module, name: str) -> None:
+    """Some blocks draw the weights of their layers themselves (ModernBERT), and would look for one in ``name``.
+
+    There is none to draw: ``_check_missing`` sees to that. Blocks with buffers fill those at this occasion, and what is
+    a model has other parts to see to.
+    """
+    from transformers import PreTrainedModel  # transformers imports this module while it is imported itself
+
+    parent = model.get_submodule(name.rpartition(".")[0])
+    own = (*parent.parameters(recurse=False), *parent.buffers(recurse=False))
+    if not own and not isinstance(parent, PreTrainedModel):
+        parent._is_hf_initialized = True
 
 
 def _names_with_experts(model: nn.Module, checkpoint: Checkpoint) -> CheckpointNames:

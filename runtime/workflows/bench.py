@@ -46,6 +46,7 @@ from sparse_rt.checkpoint import check_output
 from sparse_rt.config import ASKED_PHASES, BENCH_PHASES, BenchOptions
 from sparse_rt.device import pick_device
 from sparse_rt.errors import CheckFailed, UserError
+from sparse_rt.families import predicts_next_token
 from sparse_rt.kernels import packed
 from sparse_rt.kernels.backends import FORCE_VARIABLE, Call, explain
 from sparse_rt.nn import PACK_VARIABLE
@@ -81,6 +82,7 @@ def bench(options: BenchOptions, progress: Progress | None = None) -> dict[str, 
     phases = [phase for phase in BENCH_PHASES if phase in wanted]
     notes = check_requests(options, phases)
     with open_pair(options.model, options.baseline) as pair:
+        check_kind(pair)
         notes += check_wrapper(pair, options, phases)
         check_lengths(pair, options, phases)
         result = measure(pair, options, phases, progress)
@@ -120,6 +122,18 @@ def check_requests(options: BenchOptions, phases: list[str]) -> list[str]:
             f"--fail-below judges {', '.join(JUDGED)}; add one of them with --phase and an engine that has it"
         )
     return notes
+
+
+def check_kind(pair: Pair) -> None:
+    """``UserError`` for a model that generates no text."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(pair.sparse.folder)
+    if not predicts_next_token(config):
+        raise UserError(
+            f"{pair.sparse.folder} is a {config.architectures[0]}, which predicts no next token; bench times the "
+            "generation of text: give a causal language model"
+        )
 
 
 def check_wrapper(pair: Pair, options: BenchOptions, phases: list[str]) -> list[str]:

@@ -9,14 +9,14 @@ from torch import nn
 
 import helpers
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
-from sparse_rt.config import ConvertOptions, EvalOptions, GenerateOptions
+from sparse_rt.config import BenchOptions, ConvertOptions, EvalOptions, GenerateOptions
 from sparse_rt.data import read_texts, token_windows
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.dense import DenseExporter
-from sparse_rt.exporters.onnx.skeleton import open_skeleton
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.pruning import ActivationStats, get_pruner
+from sparse_rt.workflows.bench import bench
 from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.eval import eval as evaluate
 from sparse_rt.workflows.generate import generate
@@ -107,6 +107,20 @@ def test_a_head_that_the_checkpoint_has_and_the_class_has_not(tmp_path, text):
     assert torch.equal(whole_again.bert.pooler.dense.weight, stored)
 
 
+@pytest.mark.parametrize("auto", ["AutoModelForMaskedLM", "AutoModelForSequenceClassification"])
+def test_blocks_that_draw_the_weights_of_their_layers_find_none_to_draw(tmp_path, text, auto):
+    source = helpers.tiny_model(tmp_path / "source", "modernbert", auto=auto)
+    run(source, tmp_path / "out", text, method="wanda", ignore=["classifier"])
+    sparse = getattr(transformers, auto).from_pretrained(tmp_path / "out").eval()
+    dense = load(tmp_path / "out", dequantize=True)
+    ids = torch.arange(2, 26).view(2, 12) * 31
+    with torch.no_grad():
+        assert torch.allclose(sparse(ids)[0].float(), dense(ids)[0].float(), atol=1e-2)
+    for name, parameter in transformers.AutoModel.from_pretrained(source).named_parameters():
+        if "norm" in name:
+            assert torch.equal(sparse.model.get_parameter(name), parameter), name
+
+
 def test_sequences_are_no_longer_than_the_positions_of_the_model(tmp_path, text):
     """RoBERTa's table of 258 positions begins with two that no token has."""
     source = helpers.tiny_model(tmp_path / "source", "roberta", auto="AutoModelForMaskedLM", pad_token_id=1)
@@ -121,8 +135,8 @@ def test_what_encoders_cannot_do_is_said(tmp_path, text):
         evaluate(EvalOptions.build(model=str(tmp_path / "out")))
     with pytest.raises(UserError, match="is a BertForMaskedLM, which predicts no next token"):
         generate(GenerateOptions.build(model=str(tmp_path / "out"), prompt="a"))
-    with pytest.raises(UserError, match="is a BertForMaskedLM, and the ONNX export writes causal language models"):
-        open_skeleton(Checkpoint.open(tmp_path / "out"))
+    with pytest.raises(UserError, match="is a BertForMaskedLM, which predicts no next token; bench times"):
+        bench(BenchOptions.build(model=str(tmp_path / "out")))
     with pytest.raises(UserError, match="a BertForMaskedLM predicts no next token; give a text with --dataset FILE"):
         run(source, tmp_path / "self", "self", method="wanda")
     sizes = dict(embedding_size=32, num_hidden_layers=2, vocab_size=4096, hidden_size=64, intermediate_size=160)
