@@ -18,6 +18,7 @@ from sparse_rt.checkpoint import WeightEntry
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import external, functions, operands
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.exporters.onnx.experts import Experts, branches
 from sparse_rt.exporters.onnx.rows import JoinedCheckpoint
 from sparse_rt.exporters.onnx.skeleton import PLACEHOLDER, Names, Weight
 from sparse_rt.formats import VALUE_DTYPES, get_format
@@ -55,25 +56,28 @@ class Assembler:
         self._uses: Counter[str] = Counter()
         self._casts: list[onnx.NodeProto] = []
 
-    def build(self, weights: dict[str, Weight]) -> onnx.ModelProto:
-        """Attach ``weights`` (by module name); the data file is written on the way, the graph is returned."""
+    def build(self, weights: dict[str, Weight], experts: dict[str, Experts] | None = None) -> onnx.ModelProto:
+        """Attach ``weights`` and ``experts``, by module name; writes the data file and returns the graph."""
+        self._weights, self._experts = weights, experts or {}
         graph = self.proto.graph
         nodes: list[onnx.NodeProto] = []
         with self.data_path.open("wb") as self._data:
             for node in graph.node:
-                if node.domain == functions.DOMAIN and node.op_type == PLACEHOLDER:
-                    nodes += self._layer(node, weights)
-                else:
+                if node.domain != functions.DOMAIN:
                     nodes.append(node)
+                    continue
+                module = node.attribute[0].s.decode()
+                if node.op_type == PLACEHOLDER:
+                    nodes += self._layer(module, node.input[0], node.output[0])
+                else:
+                    nodes += branches(node, self._experts[module], self._layer)
             self._move_initializers()
         del graph.node[:]
         graph.node.extend([*self._casts, *nodes])
         return self.proto
 
-    def _layer(self, node: onnx.NodeProto, weights: dict[str, Weight]) -> list[onnx.NodeProto]:
-        module = node.attribute[0].s.decode()
-        weight = weights[module]
-        x, y = node.input[0], node.output[0]
+    def _layer(self, module: str, x: str, y: str) -> list[onnx.NodeProto]:
+        weight = self._weights[module]
         self._uses[module] += 1
         # Layers that share all their weights (ALBERT) are one module, and a graph has no two nodes of one name.
         name = module if self._uses[module] == 1 else f"{module}.{self._uses[module]}"

@@ -9,7 +9,6 @@ from pydantic import Field, model_validator
 
 from sparse_rt.checkpoint import Checkpoint, read_json
 from sparse_rt.config import Options
-from sparse_rt.errors import UserError
 from sparse_rt.exporters.base import Exporter, register_exporter
 from sparse_rt.exporters.folder import copy_side_files, write_dense_config
 from sparse_rt.exporters.onnx.body import MAX_FOLDED_WEIGHTS, choose_body, outlook
@@ -84,6 +83,8 @@ class OnnxExporter(Exporter):
         from sparse_rt.exporters.onnx import builder, genai
         from sparse_rt.exporters.onnx.assemble import Assembler
         from sparse_rt.exporters.onnx.encoder import trace_encoder
+        from sparse_rt.exporters.onnx.experts import take_experts
+        from sparse_rt.exporters.onnx.graph import all_nodes
         from sparse_rt.exporters.onnx.manifest import describe_layers, write_manifest
         from sparse_rt.exporters.onnx.operands import Quantization
         from sparse_rt.exporters.onnx.readme import write_readme
@@ -97,22 +98,19 @@ class OnnxExporter(Exporter):
         how = Quantization(chosen.values == "int8", chosen.group_size, chosen.activations)
         how.check(checkpoint)
         model, weights, names = open_skeleton(checkpoint)
-        generates = predicts_next_token(model.config)
-        if chosen.genai and not generates:
-            raise UserError(
-                f"{source} is a {type(model).__name__}, which onnxruntime-genai does not run: it generates no text; "
-                "leave genai and base out"
-            )
+        if chosen.genai:
+            genai.check_generates(model)
         dense = {weight.owner: weight.rows * weight.columns for weight in weights.values() if weight.kind == "linear"}
         body = choose_body(checkpoint, chosen, sum(dense.values()))
+        experts = take_experts(model, chosen.opset)
         if chosen.base == "genai":
             proto, joined = builder.build(model, weights, checkpoint, names, MAX_FOLDED_WEIGHTS)
         else:
-            proto, joined = (trace if generates else trace_encoder)(model, chosen.opset), {}
+            proto, joined = (trace if predicts_next_token(model.config) else trace_encoder)(model, chosen.opset), {}
         form = "dense" if chosen.form == "dense" else "function"
         stored = JoinedCheckpoint(checkpoint, joined)
         assembler = Assembler(output, proto, stored, names, form, how)
-        proto = assembler.build(weights)
+        proto = assembler.build(weights, experts)
         layers = describe_layers(assembler, weights)
         note(proto, joined)
         opset = next(entry.version for entry in proto.opset_import if not entry.domain)
@@ -127,7 +125,7 @@ class OnnxExporter(Exporter):
         write_readme(output, checkpoint, facts, body.fold_bytes)
         facts |= {"body_reason": body.reason, "fold_bytes": body.fold_bytes}
         write_manifest(output, checkpoint, facts, layers)
-        counts = {"sparse_weights": len(checkpoint.weights), "nodes": len(proto.graph.node)}
+        counts = {"sparse_weights": len(checkpoint.weights), "nodes": sum(1 for _ in all_nodes(proto.graph))}
         return {**facts, **counts, "notes": [outlook(body)]}
 
     def check(self, source: Path, output: Path) -> dict[str, Any]:
@@ -154,10 +152,11 @@ def _finish(proto: Any, checkpoint: Checkpoint, facts: dict[str, Any]) -> Any:
     from onnx import inliner
 
     from sparse_rt.exporters.onnx import functions
+    from sparse_rt.exporters.onnx.graph import all_nodes
 
     if facts["body"] is not None:
         whole_bytes = all(entry.n % 8 == 0 for entry in checkpoint.weights.values())
-        for operator in sorted({node.op_type for node in proto.graph.node if node.domain == functions.DOMAIN}):
+        for operator in sorted({node.op_type for node in all_nodes(proto.graph) if node.domain == functions.DOMAIN}):
             proto.functions.append(functions.function(operator, facts["body"], facts["opset"], whole_bytes))
     if facts["form"] == "inline":
         proto = inliner.inline_local_functions(proto)

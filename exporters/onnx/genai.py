@@ -6,11 +6,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from sparse_rt.checkpoint import read_json, write_json
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import library
 from sparse_rt.exporters.onnx.builder import CLASSES
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.families import predicts_next_token
 from sparse_rt.kernels.native.build import BuildError
 
 CONFIG_NAME = "genai_config.json"
@@ -24,6 +27,15 @@ def check_type(config: dict[str, Any]) -> None:
         raise UserError(
             f"onnxruntime-genai does not run models of type {config.get('model_type')!r} from this graph; it runs "
             f"{', '.join(KNOWN_TYPES)}. Leave the option genai out"
+        )
+
+
+def check_generates(model: nn.Module) -> None:
+    """``UserError`` for an encoder or a classifier."""
+    if not predicts_next_token(model.config):
+        raise UserError(
+            f"the model is a {type(model).__name__}, which onnxruntime-genai does not run: it generates no text; leave "
+            "genai and base out"
         )
 
 

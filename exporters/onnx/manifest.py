@@ -10,6 +10,7 @@ from sparse_rt.checkpoint import MANIFEST_NAME, Checkpoint, file_digest, read_js
 from sparse_rt.checkpoint.config import Producer
 from sparse_rt.exporters.onnx.assemble import Assembler
 from sparse_rt.exporters.onnx.functions import VERSION
+from sparse_rt.exporters.onnx.graph import all_nodes
 from sparse_rt.exporters.onnx.skeleton import Weight
 
 NAME = "sparse_rt.json"
@@ -36,7 +37,7 @@ def write_manifest(folder: Path, checkpoint: Checkpoint, facts: dict[str, Any], 
 
 def describe_layers(assembler: Assembler, weights: dict[str, Weight]) -> dict[str, Any]:
     """What each node of the assembled graph that stands for a module of ``weights`` is."""
-    nodes = {node.name for node in assembler.proto.graph.node}
+    nodes = {node.name for node in all_nodes(assembler.proto.graph)}
     return {name: _layer(name, weights[name], assembler) for name in sorted(nodes & weights.keys())}
 
 

@@ -141,7 +141,20 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
             "works on language models that the Auto classes of transformers load"
         ) from error
     model.tie_weights()
+    _split_experts(model, checkpoint)
     return model.eval()
+
+
+def _split_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Give the experts of a mixture linear layers of their own, as the checkpoint has them."""
+    from sparse_rt.families import CheckpointNames, split_experts
+
+    reasons = split_experts(model, CheckpointNames(model), checkpoint.dense_shapes())
+    stuck = next((f"{name} cannot be taken apart ({reason})" for name, reason in reasons.items() if reason), None)
+    if stuck is not None:
+        raise UserError(
+            f"the experts {stuck}; ONNX cannot carry this architecture: use transformers or vLLM, or export --to dense"
+        )
 
 
 def _take_weights(model: nn.Module, checkpoint: Checkpoint, names: Names) -> dict[str, Weight]:

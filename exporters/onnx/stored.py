@@ -13,6 +13,7 @@ from sparse_rt.errors import CheckFailed
 from sparse_rt.exporters.int8 import HALF_STEP
 from sparse_rt.exporters.onnx import external
 from sparse_rt.exporters.onnx.functions import QUANTIZED
+from sparse_rt.exporters.onnx.graph import all_nodes
 from sparse_rt.exporters.onnx.operands import ACCURACY_LEVELS
 from sparse_rt.exporters.onnx.rows import JoinedCheckpoint, noted
 from sparse_rt.exporters.onnx.skeleton import Names
@@ -33,7 +34,7 @@ class StoredWeights:
         self._modules = self._module_names()
         self._attributes = {
             node.name: {entry.name: entry.i for entry in node.attribute}
-            for node in proto.graph.node
+            for node in all_nodes(proto.graph)
             if node.op_type == QUANTIZED
         }
 

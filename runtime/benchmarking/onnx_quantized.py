@@ -20,6 +20,7 @@ from onnx import TensorProto, external_data_helper, helper
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import external
 from sparse_rt.exporters.onnx.engine import MODEL_NAME
+from sparse_rt.exporters.onnx.graph import all_nodes
 from sparse_rt.optional import require
 
 DOMAIN = "com.microsoft"
@@ -35,29 +36,65 @@ DESCRIPTION = (
 def quantize(dense: Path, output: Path, bits: int) -> dict[str, Any]:
     """Write the model of ``dense`` (an export with form=dense) to ``output`` with ``bits``-bit weights."""
     proto = onnx.load(str(dense / MODEL_NAME), load_external_data=False)
-    graph = proto.graph
-    stored = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
-    nodes: list[onnx.NodeProto] = []
-    tensors: list[TensorProto] = []
     with (output / external.DATA_NAME).open("wb") as data:
-        for node in graph.node:
-            weight = _constant(node.input[1], producers, stored, dense) if node.op_type == "MatMul" else None
-            if weight is None or weight.ndim != 2:
-                nodes.append(node)
-                continue
-            parts = {f"{node.name}.{part}": array for part, array in quantized(weight, bits).items()}
-            tensors += [_stored(name, array, data) for name, array in parts.items()]
-            nodes.append(_matmul_nbits(node, [*parts], weight.shape, bits))
-        nodes, read = _needed(nodes, [value.name for value in graph.output])
-        tensors += [_moved(tensor, dense, data) for name, tensor in stored.items() if name in read]
-    for field, values in (("node", nodes), ("initializer", tensors)):
-        graph.ClearField(field)
-        getattr(graph, field).extend(values)
+        run = _Quantization(dense, {tensor.name: tensor for tensor in proto.graph.initializer}, data, bits)
+        read = run.rewrite(proto.graph, {})
+        tensors = run.tensors + [_moved(tensor, dense, data) for name, tensor in run.stored.items() if name in read]
+    proto.graph.ClearField("initializer")
+    proto.graph.initializer.extend(tensors)
     proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
     (output / MODEL_NAME).write_bytes(proto.SerializeToString())
-    replaced = sum(node.domain == DOMAIN for node in nodes)
+    replaced = sum(node.domain == DOMAIN for node in all_nodes(proto.graph))
     return {"bits": bits, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL, "quantized": replaced}
+
+
+class _Quantization:
+    """The graph of ``folder`` with ``stored`` initializers on its way to ``bits``-bit weights in ``data``."""
+
+    def __init__(self, folder: Path, stored: dict[str, TensorProto], data: BinaryIO, bits: int):
+        self.folder, self.stored, self.data, self.bits = folder, stored, data, bits
+        self.tensors: list[TensorProto] = []
+
+    def rewrite(self, graph: onnx.GraphProto, outside: dict[str, onnx.NodeProto]) -> set[str]:
+        """Put MatMulNBits in place of every MatMul by a constant, in branches (experts) too; the names it still reads.
+
+        ``outside``: which node makes a name that ``graph`` may take from around it.
+        """
+        producers = outside | {name: node for node in graph.node for name in node.output}
+        nodes = []
+        for node in graph.node:
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    self.rewrite(attribute.g, producers)
+            weight = self._constant(node.input[1], producers) if node.op_type == "MatMul" else None
+            nodes.append(node if weight is None or weight.ndim != 2 else self._matmul_nbits(node, weight))
+        nodes, read = _needed(nodes, [value.name for value in graph.output])
+        graph.ClearField("node")
+        graph.node.extend(nodes)
+        return read
+
+    def _matmul_nbits(self, node: onnx.NodeProto, weight: np.ndarray) -> onnx.NodeProto:
+        parts = {f"{node.name}.{part}": array for part, array in quantized(weight, self.bits).items()}
+        self.tensors += [_stored(name, array, self.data) for name, array in parts.items()]
+        sizes = {"K": weight.shape[0], "N": weight.shape[1], "bits": self.bits}
+        sizes |= {"block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
+        inputs = [node.input[0], *parts]
+        return helper.make_node("MatMulNBits", inputs, node.output, name=node.name, domain=DOMAIN, **sizes)
+
+    def _constant(self, name: str, producers: dict[str, onnx.NodeProto]) -> np.ndarray | None:
+        """What ``name`` holds where that is a stored tensor or Cast to float32 and Transpose of one; otherwise None."""
+        if name in self.stored:
+            return external.read(self.stored[name], self.folder)
+        node = producers.get(name)
+        if node is None or node.op_type not in ("Cast", "Transpose"):
+            return None
+        found = self._constant(node.input[0], producers)
+        if found is None:
+            return None
+        attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+        if node.op_type == "Transpose":
+            return found.transpose(attributes.get("perm"))
+        return found.astype(np.float32) if attributes["to"] == TensorProto.FLOAT else None
 
 
 @contextlib.contextmanager
@@ -83,29 +120,6 @@ def quantized(weight: np.ndarray, bits: int) -> dict[str, np.ndarray]:
     config = quantizer.DefaultWeightOnlyQuantConfig(block_size=BLOCK_SIZE, is_symmetric=True, bits=bits)
     codes, scales, _ = quantizer.DefaultWeightOnlyQuantizer(config).qbits_block_quant(np.ascontiguousarray(weight))
     return {"weight_codes": codes, "weight_scales": scales}
-
-
-def _matmul_nbits(node: onnx.NodeProto, parts: list[str], shape: tuple[int, int], bits: int) -> onnx.NodeProto:
-    sizes = {"K": shape[0], "N": shape[1], "bits": bits, "block_size": BLOCK_SIZE, "accuracy_level": ACCURACY_LEVEL}
-    return helper.make_node("MatMulNBits", [node.input[0], *parts], node.output, name=node.name, domain=DOMAIN, **sizes)
-
-
-def _constant(
-    name: str, producers: dict[str, onnx.NodeProto], stored: dict[str, TensorProto], folder: Path
-) -> np.ndarray | None:
-    """What ``name`` holds where that is a stored tensor or Cast to float32 and Transpose of one; otherwise None."""
-    if name in stored:
-        return external.read(stored[name], folder)
-    node = producers.get(name)
-    if node is None or node.op_type not in ("Cast", "Transpose"):
-        return None
-    found = _constant(node.input[0], producers, stored, folder)
-    if found is None:
-        return None
-    attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if node.op_type == "Transpose":
-        return found.transpose(attributes.get("perm"))
-    return found.astype(np.float32) if attributes["to"] == TensorProto.FLOAT else None
 
 
 def _needed(nodes: list[onnx.NodeProto], outputs: list[str]) -> tuple[list[onnx.NodeProto], set[str]]:
