@@ -27,7 +27,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a Llama with tied embeddings."""
+    """The sizes of a Llama with tied embeddings; with ``experts``, of a Mixtral whose tokens choose two of them."""
 
     layers: int = 16
     hidden: int = 2048
@@ -36,25 +36,29 @@ class Shape:
     kv_heads: int = 8
     vocabulary: int = 32000
     positions: int = 2048
+    experts: int = 0
 
     @property
     def name(self) -> str:
         """Names the folder, so that a folder of other sizes is never taken for this one."""
         sizes = (self.layers, self.hidden, self.intermediate, self.heads, self.kv_heads, self.vocabulary)
-        return "llama-" + "-".join(map(str, sizes))
+        kind = f"mixtral-{self.experts}-" if self.experts else "llama-"
+        return kind + "-".join(map(str, sizes))
 
     @property
     def linear_parameters(self) -> int:
         """Those of the layers that are compressed."""
         kv = self.hidden // self.heads * self.kv_heads
-        return self.layers * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate)
+        return self.layers * self.hidden * (2 * self.hidden + 2 * kv + 3 * self.intermediate * max(self.experts, 1))
 
     @property
     def parameters(self) -> int:
-        return self.linear_parameters + self.vocabulary * self.hidden + (2 * self.layers + 1) * self.hidden
+        router = self.layers * self.experts * self.hidden
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.linear_parameters + self.vocabulary * self.hidden + router + norms
 
     def byte_limit(self, pattern: str, sparsity: float) -> float:
-        """Weight bytes that a decode step reads, dense / sparse: what decode gains from fewer bytes alone."""
+        """Weight bytes that a decode step of a Llama reads, dense / sparse: what decode gains from fewer bytes alone."""
         metadata = 1 / 16  # of a bfloat16 weight: one bit; the positions of 2:4 take as much
         kept = 0.5 if pattern == "2:4" else 1 - sparsity
         head = self.vocabulary * self.hidden
@@ -66,10 +70,11 @@ def dense_folder(workdir: Path, shape: Shape, progress: Progress) -> Path:
     folder = workdir / shape.name
     if folder.is_dir():
         return folder
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
     progress.stage(f"making {folder.name} ({shape.parameters / 1e6:.0f} million parameters)")
-    config = LlamaConfig(
+    make, more = (MixtralConfig, {"num_local_experts": shape.experts}) if shape.experts else (LlamaConfig, {})
+    config = make(
         num_hidden_layers=shape.layers,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
@@ -81,6 +86,7 @@ def dense_folder(workdir: Path, shape: Shape, progress: Progress) -> Path:
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=0,
+        **more,
     )
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

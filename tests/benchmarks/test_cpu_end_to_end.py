@@ -40,13 +40,15 @@ def workdir(tmp_path_factory):
     return tmp_path_factory.mktemp("end_to_end")
 
 
-def test_the_models_are_what_their_shape_says_and_are_made_once(workdir):
-    shape = Shape(**SIZES)
+@pytest.mark.parametrize("experts", [0, 4])
+def test_the_models_are_what_their_shape_says_and_are_made_once(workdir, experts):
+    shape = Shape(**SIZES, experts=experts)
     dense = dense_folder(workdir, shape, Progress())
     sparse = sparse_folder(workdir, shape, "unstructured", 0.75, Progress())
     count = {name: math.prod(entry.shape) for name, entry in SourceCheckpoint.open(dense).tensors.items()}
     assert sum(count.values()) == shape.parameters
-    assert sum(n for name, n in count.items() if name.endswith("_proj.weight")) == shape.linear_parameters
+    linear = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+    assert sum(n for name, n in count.items() if name.endswith(linear)) == shape.linear_parameters
     weights = Checkpoint.open(sparse).weights.values()
     assert sum(weight.m * weight.n for weight in weights) == shape.linear_parameters
     assert sum(weight.nnz for weight in weights) == shape.linear_parameters // 4
