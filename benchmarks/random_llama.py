@@ -58,7 +58,7 @@ class Shape:
         return self.linear_parameters + self.vocabulary * self.hidden + router + norms
 
     def byte_limit(self, pattern: str, sparsity: float) -> float:
-        """Weight bytes that a decode step of a Llama reads, dense / sparse: what decode gains from fewer bytes alone."""
+        """Weight bytes that a step of a Llama reads, dense / sparse: what decode gains from fewer bytes alone."""
         metadata = 1 / 16  # of a bfloat16 weight: one bit; the positions of 2:4 take as much
         kept = 0.5 if pattern == "2:4" else 1 - sparsity
         head = self.vocabulary * self.hidden
