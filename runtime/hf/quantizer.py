@@ -29,6 +29,9 @@ from sparse_rt.formats.int8 import INT8
 from sparse_rt.hf.widen import Widening
 from sparse_rt.nn import SparseLinear, sparse_linears
 
+# A layer of one of several equal blocks.
+IN_BLOCK = re.compile(r"\.\d+\.")
+
 
 class SparseRTConfig(QuantizationConfigMixin):
     """``quantization_config`` as transformers sees it; the checked model behind it is ``SparseConfig``.
@@ -77,7 +80,10 @@ class SparseRTQuantizer(HfQuantizer):
         headers = [read_header(file) for file in checkpoint_files]
         config = {"quantization_config": self.quantization_config.sparse.to_dict()}
         checkpoint = Checkpoint(Path(checkpoint_files[0]).parent, headers, config)
-        swapped = swap_modules(model, checkpoint)
+        swapped, new = swap_modules(model, checkpoint)
+        if new:  # a folder that this model is saved to says that they are dense
+            sparse = self.quantization_config.sparse
+            self.quantization_config.sparse = sparse.model_copy(update={"ignore": [*sparse.ignore, *new]})
         self.splits_experts = any(isinstance(module, SplitExperts) for module in model.modules())
         self.dtypes = {name: p.dtype for name, p in model.named_parameters() if p.is_floating_point()}
         if checkpoint.quantization.values == INT8:
@@ -148,12 +154,12 @@ class SparseRTQuantizer(HfQuantizer):
         return True
 
 
-def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
+def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> tuple[dict[str, str], list[str]]:
     """Replace every ``nn.Linear`` whose weight is compressed in ``checkpoint`` by an empty ``SparseLinear``.
 
-    Returns the name that each replaced module has in the checkpoint. Raises ``FormatError`` when the checkpoint has a
-    weight the model lacks, or lacks one that its config announces, ``UserError`` for compressed experts that
-    transformers computes in a way of its own.
+    Returns the name that each replaced module has in the checkpoint, and the layers that it does not have. Raises
+    ``FormatError`` when the checkpoint has a weight the model lacks, or lacks one that its config announces,
+    ``UserError`` for compressed experts that transformers computes in a way of its own.
     """
     names = _names_with_experts(model, checkpoint)
     swapped: dict[str, str] = {}
@@ -175,14 +181,13 @@ def swap_modules(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
         _leave_alone(model, name)
         swapped[name] = key
     dense = (key for key in checkpoint.dense_tensors() if key.endswith(".weight"))
-    _check_missing(model, {names.parameter(key): key.removesuffix(".weight") for key in dense}, checkpoint)
-    return swapped
+    return swapped, new_layers(model, {names.parameter(key): key.removesuffix(".weight") for key in dense}, checkpoint)
 
 
 def _leave_alone(model: nn.Module, name: str) -> None:
     """Some blocks draw the weights of their layers themselves (ModernBERT), and would look for one in ``name``.
 
-    There is none to draw: ``_check_missing`` sees to that. Blocks with buffers fill those at this occasion, and what is
+    There is none to draw: ``new_layers`` sees to that. Blocks with buffers fill those at this occasion, and what is
     a model has other parts to see to.
     """
     from transformers import PreTrainedModel  # transformers imports this module while it is imported itself
@@ -214,8 +219,15 @@ def _names_with_experts(model: nn.Module, checkpoint: Checkpoint) -> CheckpointN
     return CheckpointNames(model)
 
 
-def _check_missing(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Checkpoint) -> None:
-    """``dense``: parameter -> name in the checkpoint, without ".weight"."""
+def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Checkpoint) -> list[str]:
+    """The linear layers of ``model`` that transformers will draw, because ``checkpoint`` is of another class.
+
+    Such a class may bring layers outside of the blocks (a classifier, a pooler); everything else that config.json
+    announces compressed must be so, else ``FormatError``. ``dense``: parameter -> name in the checkpoint, without
+    ".weight".
+    """
+    other_class = type(model).__name__ not in (getattr(model.config, "architectures", None) or [type(model).__name__])
+    new = []
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -223,10 +235,14 @@ def _check_missing(model: nn.Module, dense: Mapping[str | None, str], checkpoint
         patterns = [checkpoint.quantization.pattern_for(one) for one in {name, key or name}]
         if None in patterns:
             continue
+        if key is None and other_class and not IN_BLOCK.search(name):
+            new.append(name)
+            continue
         found = "convert the model again" if key is None else "only a dense weight is stored"
         raise FormatError(
             f"tensor {key or name}.weight_values is missing: config.json announces a {patterns[0]} weight, {found}"
         )
+    return new
 
 
 # Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.

@@ -1,5 +1,6 @@
 """Encoders: built as the class their config names, calibrated block by block, their heads and poolers left dense."""
 
+import json
 import shutil
 
 import pytest
@@ -8,13 +9,16 @@ import transformers
 from torch import nn
 
 import helpers
+from sparse_rt import SPPConfig
 from sparse_rt.checkpoint import Checkpoint, SourceCheckpoint
+from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.config import BenchOptions, ConvertOptions, EvalOptions, GenerateOptions
 from sparse_rt.data import read_texts, token_windows
-from sparse_rt.errors import UserError
+from sparse_rt.errors import FormatError, UserError
 from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
+from sparse_rt.nn import sparse_linears
 from sparse_rt.pruning import ActivationStats, get_pruner
 from sparse_rt.workflows.bench import bench
 from sparse_rt.workflows.convert import convert
@@ -119,6 +123,69 @@ def test_blocks_that_draw_the_weights_of_their_layers_find_none_to_draw(tmp_path
     for name, parameter in transformers.AutoModel.from_pretrained(source).named_parameters():
         if "norm" in name:
             assert torch.equal(sparse.model.get_parameter(name), parameter), name
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "head"),
+    [
+        ("bert", "AutoModelForMaskedLM", {"bert.pooler.dense", "classifier"}),
+        ("modernbert", "AutoModelForMaskedLM", {"classifier"}),
+        ("llama", "AutoModelForCausalLM", {"score"}),
+    ],
+)
+def test_a_classifier_on_a_compressed_model_is_trained_merged_and_loaded_again(tmp_path, text, family, auto, head):
+    """The head is new: transformers draws it, PEFT trains it whole beside the adapters, and it stays dense."""
+    from peft import get_peft_model
+
+    source = helpers.tiny_model(tmp_path / "source", family, dtype=torch.float32, auto=auto)
+    run(source, tmp_path / "out", text, method="magnitude")
+    compressed = len(Checkpoint.open(tmp_path / "out").weights)
+    auto_class = transformers.AutoModelForSequenceClassification
+    model = auto_class.from_pretrained(tmp_path / "out", num_labels=3)
+    dense = {name for name, module in model.named_modules() if type(module) is nn.Linear}
+    assert head <= dense and all(model.get_submodule(name).weight.std() > 0 for name in head)
+    masks = {name: module.metadata.clone() for name, module in sparse_linears(model)}
+    assert len(masks) == compressed
+    tuned = get_peft_model(model, SPPConfig(task_type="SEQ_CLS"))
+    ids, labels = torch.arange(2, 50).view(4, 12) * 31, torch.tensor([0, 1, 2, 0])
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(20):
+        loss = tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    merged = tuned.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "classifier")
+    again = auto_class.from_pretrained(tmp_path / "classifier").eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, merged(ids).logits)
+    assert {name: module.metadata for name, module in sparse_linears(again)}.keys() == masks.keys()
+    assert all(torch.equal(module.metadata, masks[name]) for name, module in sparse_linears(again))
+
+
+def test_a_layer_of_a_block_is_never_drawn(tmp_path, text):
+    """Not in another class either: that a weight is gone must not pass for a new head."""
+    source = helpers.tiny_model(tmp_path / "source", "bert", auto="AutoModelForMaskedLM")
+    run(source, tmp_path / "out", text)
+    transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    (file,) = (tmp_path / "again").glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    lost = "bert.encoder.layer.1.output.dense"
+    sparse = json.loads(header[METADATA_KEY])
+    del sparse["weights"][lost]
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(f"{lost}.weight")}
+    save_file(tensors, file, metadata=header | {METADATA_KEY: json.dumps(sparse)})
+    message = rf"tensor {lost}\.weight_values is missing: config\.json announces a 2:4"
+    for auto in ("AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
+        with pytest.raises(FormatError, match=message):
+            getattr(transformers, auto).from_pretrained(tmp_path / "again")
 
 
 def test_sequences_are_no_longer_than_the_positions_of_the_model(tmp_path, text):
