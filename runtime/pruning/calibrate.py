@@ -181,10 +181,19 @@ class BlockRunner:
         return name == self.name or name.startswith(f"{self.name}.")
 
     def _load_on_use(self) -> list[torch.utils.hooks.RemovableHandle]:
-        """Modules around the blocks get their weights when they first run: embeddings yes, the head never."""
+        """Modules around the blocks get their weights when they first run: embeddings yes, the head never.
+
+        Embeddings already when the module around them runs, which may read their table itself (DeBERTa).
+        """
 
         def hook_of(name: str):
-            return lambda module, args: _fill(module, name, self.load, self.device)
+            def fill(module: nn.Module, args: tuple) -> None:
+                _fill(module, name, self.load, self.device)
+                for own, child in module.named_children():
+                    if isinstance(child, nn.Embedding):
+                        _fill(child, f"{name}.{own}" if name else own, self.load, self.device)
+
+            return fill
 
         return [
             module.register_forward_pre_hook(hook_of(name))
@@ -210,9 +219,9 @@ class BlockRunner:
                 reached += 1
                 if reached == len(self.blocks):
                     raise _AllBlocksReached
-                # Some models take a block's output as it is, some its first element: a tuple suits both, because the
-                # next stand-in only hands it on.
-                return (hidden,)
+                # Some models take a block's output as it is, some its first element, some two: a pair suits all, for
+                # the next stand-in only hands it on.
+                return hidden, None
 
             return forward
 

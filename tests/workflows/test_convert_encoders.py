@@ -19,7 +19,7 @@ from sparse_rt.exporters.dense import DenseExporter
 from sparse_rt.formats import get_format
 from sparse_rt.hf.load import load, load_tokenizer
 from sparse_rt.nn import sparse_linears
-from sparse_rt.pruning import ActivationStats, get_pruner
+from sparse_rt.pruning import ActivationStats, find_blocks, get_pruner
 from sparse_rt.workflows.bench import bench
 from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.eval import eval as evaluate
@@ -40,7 +40,7 @@ def prune_whole_model(folder, auto, method, text):
     model = getattr(transformers, auto).from_pretrained(folder).eval()
     fmt, pruner = get_format("2:4"), get_pruner(method)
     tokens = token_windows(read_texts(text), load_tokenizer(folder), LENGTH, SAMPLES, 0)
-    for block in model.base_model.encoder.layer:
+    for block in find_blocks(model)[1]:
         linears = [part for part in block.modules() if isinstance(part, nn.Linear)]
         stats = [ActivationStats(linear.in_features, gram=True) for linear in linears]
         hooks = [
@@ -62,6 +62,9 @@ CASES = [
     ("bert", "AutoModel", "sparsegpt", {"pooler.dense": HEAD}),
     ("bert", "AutoModelForSequenceClassification", "wanda", {"bert.pooler.dense": HEAD, "classifier": HEAD}),
     ("roberta", "AutoModelForMaskedLM", "wanda", {"lm_head.dense": HEAD}),
+    ("distilbert", "AutoModelForMaskedLM", "wanda", {"vocab_transform": HEAD}),
+    ("deberta", "AutoModelForMaskedLM", "sparsegpt", {"cls.predictions.transform.dense": HEAD}),
+    ("modernbert", "AutoModelForMaskedLM", "wanda", {"head.dense": HEAD}),
 ]
 
 
@@ -70,11 +73,12 @@ def test_calibrated_as_the_model_pruned_as_a_whole(family, auto, method, dense, 
     source = helpers.tiny_model(tmp_path / "source", family, dtype=torch.float32, auto=auto)
     result = run(source, tmp_path / "out", text, method=method)
     expected, model = prune_whole_model(source, auto, method, text), load(tmp_path / "out")
-    assert type(model) is type(expected) and len(Checkpoint.open(tmp_path / "out").weights) == 12
-    for name, linear in expected.base_model.encoder.named_modules():
-        if isinstance(linear, nn.Linear):
-            found = model.base_model.encoder.get_submodule(name).decompress()
-            assert torch.equal(found, linear.weight), name
+    name, blocks = find_blocks(expected)
+    pruned = model.get_submodule(name)
+    linears = {name: module for name, module in blocks.named_modules() if isinstance(module, nn.Linear)}
+    assert type(model) is type(expected) and len(Checkpoint.open(tmp_path / "out").weights) == len(linears) >= 8
+    for name, linear in linears.items():
+        assert torch.equal(pruned.get_submodule(name).decompress(), linear.weight), name
     ids, mask = torch.arange(2, 26).view(2, 12) * 31, torch.ones(2, 12, dtype=torch.long)
     mask[1, 7:] = 0
     with torch.no_grad():

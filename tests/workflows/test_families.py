@@ -31,6 +31,9 @@ FAMILIES = {
     "qwen3_moe": (CAUSAL, 4 + 8 * 3, 2, ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(2))]),
     "bert": (MASKED, 6, 2, ["cls.predictions.transform.dense"]),
     "roberta": (MASKED, 6, 2, ["lm_head.dense"]),
+    "distilbert": (MASKED, 6, 2, ["vocab_transform"]),
+    "deberta": (MASKED, 8, 2, ["cls.predictions.transform.dense"]),
+    "modernbert": (MASKED, 4, 2, ["head.dense"]),
 }
 METHODS = {"magnitude": {}, "wanda": dict(pattern="unstructured", sparsity=0.6)}
 IDS = torch.arange(3, 27).view(2, 12) * 37
