@@ -7,12 +7,30 @@ import torch
 from onnx import TensorProto, helper
 
 import helpers
+from sparse_rt.config import ConvertOptions, ExportOptions
 from sparse_rt.exporters.onnx import engine, functions, library
 from sparse_rt.formats import get_format, int8
 from sparse_rt.formats.packing import row_offsets
+from sparse_rt.workflows.convert import convert
+from sparse_rt.workflows.export import export
 
 ISAS = ("scalar", "avx2", "avx512")
 TYPES = {torch.float32: TensorProto.FLOAT, torch.bfloat16: TensorProto.BFLOAT16, torch.float16: TensorProto.FLOAT16}
+
+
+def compressed(folder, family, pattern="2:4", ignore=("lm_head",), **overrides):
+    """A tiny model of ``family``, converted by magnitude (unstructured: 60 %)."""
+    dense = helpers.tiny_model(folder / "dense", family, **overrides)
+    options = {"sparsity": 0.6} if pattern == "unstructured" else {}
+    options |= dict(model=str(dense), output_dir=folder / "sparse", method="magnitude", pattern=pattern)
+    convert(ConvertOptions.build(ignore=list(ignore), **options))
+    return folder / "sparse"
+
+
+def exported(source, output, **options):
+    """The result of an export to ONNX that was checked."""
+    given = dict(model=str(source), output_dir=output, to="onnx", check=True, options=options)
+    return export(ExportOptions.build(**given))
 
 
 def initializer(name, tensor):

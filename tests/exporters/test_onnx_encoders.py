@@ -9,14 +9,13 @@ import onnx
 import pytest
 import torch
 import transformers
+from onnx_models import compressed, exported
 
-import helpers
 from sparse_rt.checkpoint import Checkpoint
-from sparse_rt.config import ConvertOptions, ExportOptions, GenerateOptions
+from sparse_rt.config import ExportOptions, GenerateOptions
 from sparse_rt.errors import CheckFailed, UserError
 from sparse_rt.exporters.onnx import session, which_kernel
 from sparse_rt.exporters.onnx.exporter import OnnxExporter
-from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.export import export
 from sparse_rt.workflows.generate import generate
 
@@ -42,29 +41,16 @@ CASES = [
 ]
 
 
-def compressed(folder, family, auto, pattern="2:4", **overrides):
-    dense = helpers.tiny_model(folder / "dense", family, auto=auto, **overrides)
-    options = {"sparsity": 0.6} if pattern == "unstructured" else {}
-    options |= dict(model=str(dense), output_dir=folder / "sparse", method="magnitude", pattern=pattern)
-    convert(ConvertOptions.build(**options))
-    return folder / "sparse"
-
-
-def exported(source, output, **options):
-    given = dict(model=str(source), output_dir=output, to="onnx", check=True, options=options)
-    return export(ExportOptions.build(**given))
-
-
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bert")
-    source = compressed(folder, "bert", MASKED)
+    source = compressed(folder, "bert", auto=MASKED)
     return source, folder / "onnx", exported(source, folder / "onnx")
 
 
 @pytest.mark.parametrize(("family", "auto", "pattern", "options", "outputs"), CASES)
 def test_every_output_agrees_with_torch(tmp_path, family, auto, pattern, options, outputs):
-    source = compressed(tmp_path, family, auto, pattern)
+    source = compressed(tmp_path, family, pattern, auto=auto)
     check = exported(source, tmp_path / "onnx", **options)["check"]
     exact = options.get("form", "function") == "function" and "values" not in options
     assert check["weights_equal"] == len(Checkpoint.open(source).weights) > 0
@@ -104,7 +90,7 @@ def exported_dense(source, output):
 def test_weights_stay_compressed_and_shared_ones_are_stored_once(bert, tmp_path):
     source, _, result = bert
     assert result["weight_bytes"] < 1.1 * Checkpoint.open(source).total_bytes
-    shared = compressed(tmp_path, "albert", MASKED, num_hidden_layers=3)
+    shared = compressed(tmp_path, "albert", auto=MASKED, num_hidden_layers=3)
     exported(shared, tmp_path / "onnx")
     proto = onnx.load(str(tmp_path / "onnx" / "model.onnx"), load_external_data=False)
     query = [node for node in proto.graph.node if "attention.query" in node.name and node.domain == "sparse_rt"]
@@ -114,7 +100,7 @@ def test_weights_stay_compressed_and_shared_ones_are_stored_once(bert, tmp_path)
 @pytest.mark.parametrize("auto", [MASKED, ANSWERS])
 def test_program_of_the_readme_runs_without_sparse_rt(tmp_path, auto):
     family, types = ("bert", 2) if auto == MASKED else ("roberta", 1)
-    source = compressed(tmp_path, family, auto, type_vocab_size=types)
+    source = compressed(tmp_path, family, auto=auto, type_vocab_size=types)
     exported(source, tmp_path / "onnx")
     text = (tmp_path / "onnx" / "README.md").read_text()
     assert ("token_type_ids" in text) == (auto == MASKED) and "sparse-rt generate" not in text
@@ -145,15 +131,15 @@ def test_what_cannot_be_exported_or_generated_is_said(bert, tmp_path):
     output = bert[1]
     with pytest.raises(UserError, match="returns logits and takes no keys and values of earlier tokens"):
         generate(GenerateOptions.build(model=str(output), engine="onnx", prompt="a"))
-    choice = compressed(tmp_path / "choice", "bert", "AutoModelForMultipleChoice")
+    choice = compressed(tmp_path / "choice", "bert", auto="AutoModelForMultipleChoice")
     with pytest.raises(
         UserError, match="BertForMultipleChoice cannot be exported to ONNX: it does not run on token ids"
     ):
         exported(choice, tmp_path / "onnx")
-    classifier = compressed(tmp_path / "classifier", "llama", TEXTS)
+    classifier = compressed(tmp_path / "classifier", "llama", auto=TEXTS)
     with pytest.raises(UserError, match="LlamaForSequenceClassification, which onnxruntime-genai does not run"):
         exported(classifier, tmp_path / "onnx", base="genai")
-    both = compressed(tmp_path / "both", "t5", "AutoModelForSeq2SeqLM")
+    both = compressed(tmp_path / "both", "t5", auto="AutoModelForSeq2SeqLM")
     with pytest.raises(UserError, match="has an encoder and a decoder, and the ONNX export writes models of one of"):
         exported(both, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()

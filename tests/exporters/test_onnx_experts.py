@@ -6,35 +6,21 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
+from onnx_models import compressed, exported
 
-import helpers
 from sparse_rt.benchmarking.onnx_quantized import quantize
 from sparse_rt.checkpoint import Checkpoint
-from sparse_rt.config import ConvertOptions, ExportOptions, GenerateOptions
+from sparse_rt.config import ExportOptions, GenerateOptions
 from sparse_rt.errors import UserError
 from sparse_rt.exporters.onnx import session, which_kernel
 from sparse_rt.exporters.onnx.experts import Experts, branches
 from sparse_rt.exporters.onnx.exporter import OnnxExporter
 from sparse_rt.exporters.onnx.graph import all_nodes
 from sparse_rt.hf.load import load
-from sparse_rt.workflows.convert import convert
 from sparse_rt.workflows.export import export
 from sparse_rt.workflows.generate import generate
 
 COUNT, HIDDEN, WIDTH = 5, 6, 4
-
-
-def compressed(folder, family, pattern, ignore=("lm_head",), **overrides):
-    dense = helpers.tiny_model(folder / "dense", family, **overrides)
-    options = {"sparsity": 0.6} if pattern == "unstructured" else {}
-    options |= dict(model=str(dense), output_dir=folder / "sparse", method="magnitude", pattern=pattern)
-    convert(ConvertOptions.build(ignore=list(ignore), **options))
-    return folder / "sparse"
-
-
-def exported(source, output, **options):
-    given = dict(model=str(source), output_dir=output, to="onnx", check=True, options=options)
-    return export(ExportOptions.build(**given))
 
 
 @pytest.fixture(scope="module")
