@@ -82,13 +82,24 @@ _FAMILIES = {
     "roberta": ("RobertaConfig", dict(tie_word_embeddings=True, max_position_embeddings=256 + 2)),
     "albert": ("AlbertConfig", dict(embedding_size=32)),
     "deberta": (
-        "DebertaV2Config",
-        dict(relative_attention=True, pos_att_type=["p2c", "c2p"], tie_word_embeddings=True),
+        "DebertaV2Config",  # as version 3 is published
+        dict(
+            tie_word_embeddings=True,
+            relative_attention=True,
+            pos_att_type=["p2c", "c2p"],
+            norm_rel_ebd="layer_norm",
+            position_buckets=16,
+            share_att_key=True,
+            type_vocab_size=0,
+            position_biased_input=False,
+        ),
     ),
     "modernbert": ("ModernBertConfig", dict(cls_token_id=0, sep_token_id=0, tie_word_embeddings=True)),
     "distilbert": ("DistilBertConfig", dict(dim=64, hidden_dim=160, n_layers=2, n_heads=4, tie_word_embeddings=True)),
     "t5": ("T5Config", dict(d_model=64, d_ff=160, num_layers=1, num_heads=4, d_kv=16)),
     "mixtral": ("MixtralConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "phimoe": ("PhimoeConfig", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "gpt_oss": ("GptOssConfig", dict(head_dim=16, num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("Qwen3MoeConfig", dict(head_dim=16, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96)),
 }
 

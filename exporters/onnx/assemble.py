@@ -171,11 +171,6 @@ class Assembler:
             tensor = torch.frombuffer(bytearray(initializer.raw_data), dtype=torch.float32)
             tensor = tensor.view(tuple(initializer.dims))
             name = initializer.name
-            if name in self._stored:
-                raise UserError(
-                    f"the model calls the layer of {name} and reads the table itself, of which the ONNX export takes "
-                    "one; use transformers, or export --to dense"
-                )
             graph.initializer.remove(initializer)
             narrow = self._narrow(name, tensor) if tensor.dim() > 1 or tensor.numel() >= _LARGE else tensor
             if narrow.dtype == torch.float32:

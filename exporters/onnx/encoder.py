@@ -5,6 +5,7 @@ They have no key-value cache: token ids and their mask go in, and what the class
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def trace_encoder(model: nn.Module, opset: int) -> Any:
     """The ONNX model (``onnx.ModelProto``) of a skeleton; float32 activations.
 
     Inputs input_ids, attention_mask and, where there are two types of tokens, token_type_ids, each int64 [batch,
-    sequence]; outputs the tensors that the class returns, under its names (logits, start_logits, last_hidden_state).
+    sequence]; outputs the tensors that the class returns, under its names (logits, start_logits, last_hidden_state),
+    but no tuples of tensors such as hidden_states.
     Raises ``UserError`` for a model that does not run on these, ``SparseRTError`` when the export fails.
     """
     wrapper = _Encoder(model).eval()
@@ -60,6 +62,7 @@ def trace_encoder(model: nn.Module, opset: int) -> Any:
     mask[0, -2:] = 0
     ids = torch.ones(batch, length, dtype=torch.long)
     types = torch.zeros_like(ids) if wrapper.takes_types else None
+    _load_read_tables(wrapper, (ids, mask, types))
     try:
         with torch.no_grad():
             found = wrapper.run(ids, mask, types)
@@ -78,12 +81,28 @@ def trace_encoder(model: nn.Module, opset: int) -> Any:
     return to_onnx(wrapper, (ids, mask, types), names, wrapper.outputs, dynamic, opset)
 
 
+def _load_read_tables(wrapper: _Encoder, arguments: tuple) -> None:
+    """Give embeddings that the model reads itself and never calls (DeBERTa's relative positions) their tables."""
+    tables = {module for module in wrapper.modules() if hasattr(module, "load_table")}
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in tables]
+    with torch.no_grad(), contextlib.suppress(Exception):  # what such a model does with a table on the meta device
+        wrapper.run(*arguments)
+    for hook in hooks:
+        hook.remove()
+    for module in tables - called:
+        module.weight = module.load_table()
+
+
 class EncoderModel:
     """An exported folder in an ``onnxruntime.InferenceSession`` on the CPU; arguments and errors of ``session``."""
 
     def __init__(self, folder: str | Path, threads: int | None = None, kernel: Kernel = "auto"):
         self.session = session(folder, threads, kernel)
-        self._names = [entry.name for entry in self.session.get_outputs()]
+        outputs = self.session.get_outputs()
+        self._names = [entry.name for entry in outputs]
+        # Results with a row for every token; those of a whole text have a fixed second dimension.
+        self.per_token = {entry.name for entry in outputs if len(entry.shape) > 1 and isinstance(entry.shape[1], str)}
         self._inputs = {entry.name for entry in self.session.get_inputs()}
 
     @property

@@ -72,7 +72,7 @@ def take_experts(model: nn.Module, opset: int) -> dict[str, Experts]:
     Raises ``UserError`` for experts of a class that does not say what it does between its products.
     """
     found: dict[str, Experts] = {}
-    traced: dict[type, onnx.GraphProto] = {}
+    traced: dict[tuple, onnx.GraphProto] = {}
     for name, module in [(name, one) for name, one in model.named_modules() if isinstance(one, SplitExperts)]:
         first = "gate_up_proj" if getattr(module, "has_gate", True) else "up_proj"
         if not hasattr(module, "_apply_gate") or module.split_layout.keys() != {first, DOWN}:
@@ -84,12 +84,21 @@ def take_experts(model: nn.Module, opset: int) -> dict[str, Experts]:
             part: [[f"{name}.{path}" for path in paths] for paths in module.split_layout[part]]
             for part in (first, DOWN)
         }
-        if type(module) not in traced:
-            width = sum(model.get_submodule(path).out_features for path in layers[first][0])
-            traced[type(module)] = _trace_between(module, width, opset)
-        found[name] = Experts(layers[first], layers[DOWN], traced[type(module)])
+        width = sum(model.get_submodule(path).out_features for path in layers[first][0])
+        kind = type(module), width, _settings(module)
+        if kind not in traced:
+            traced[kind] = _trace_between(module, width, opset)
+        found[name] = Experts(layers[first], layers[DOWN], traced[kind])
         model.set_submodule(name, _Experts(name))
     return found
+
+
+def _settings(module: nn.Module) -> tuple:
+    """What the computation between the products may depend on; blocks of one class may have limits of their own."""
+    if any(True for _ in (*module.parameters(recurse=False), *module.buffers(recurse=False))):
+        return ("its tensors", id(module))
+    plain = {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str)}
+    return tuple(sorted(plain.items())), repr(getattr(module, "act_fn", None))
 
 
 def _trace_between(module: nn.Module, width: int, opset: int) -> onnx.GraphProto:

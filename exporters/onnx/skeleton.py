@@ -129,6 +129,11 @@ def _empty_model(checkpoint: Checkpoint) -> nn.Module:
             f"{checkpoint.folder} has an encoder and a decoder, and the ONNX export writes models of one of them; "
             "use transformers, or export --to dense"
         )
+    if checkpoint.config.get("use_bidirectional_attention"):
+        raise UserError(
+            f"{checkpoint.folder} is a decoder that looks at the tokens that follow, too, and the ONNX export would "
+            "write one that does not; use transformers, or export --to dense"
+        )
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder)
         del config.quantization_config
@@ -151,6 +156,9 @@ def _split_experts(model: nn.Module, checkpoint: Checkpoint) -> None:
 
     reasons = split_experts(model, CheckpointNames(model), checkpoint.dense_shapes())
     stuck = next((f"{name} cannot be taken apart ({reason})" for name, reason in reasons.items() if reason), None)
+    fused = (name for name, parameter in model.named_parameters() if parameter.dim() == 3)
+    if stuck is None and (parameter := next((name for name in fused if ".experts." in name), None)) is not None:
+        stuck = f"{parameter.rpartition('.')[0]} are one tensor with three dimensions in the checkpoint"
     if stuck is not None:
         raise UserError(
             f"the experts {stuck}; ONNX cannot carry this architecture: use transformers or vLLM, or export --to dense"

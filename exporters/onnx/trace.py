@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from sparse_rt.errors import SparseRTError, UserError
 
+_COLOUR = re.compile(r"\x1b\[[\d;]*m")
 _MODEL = "model"  # attribute of the wrapper; prefix of every name in the traced graph
 
 
@@ -88,7 +90,6 @@ def to_onnx(
                 dynamic_shapes=dynamic,
                 verbose=False,
             )
-            _load_tables(program.model.graph.initializers, wrapper)
             proto = program.model_proto
         except Exception as error:
             raise SparseRTError(
@@ -96,17 +97,6 @@ def to_onnx(
                 "cause"
             ) from error
     return _clean(proto)
-
-
-def _load_tables(initializers: Any, wrapper: nn.Module) -> None:
-    """Give the graph the embeddings of a skeleton that the model reads itself, which are weightless in it."""
-    import onnx_ir
-
-    for name, value in initializers.items():
-        raw = getattr(value.const_value, "raw", None)
-        if isinstance(raw, Tensor) and raw.is_meta:
-            table = wrapper.get_submodule(name.removesuffix(".weight")).load_table()
-            value.const_value = onnx_ir.tensor(table.numpy(), name=name)
 
 
 def _cache_shapes(model: nn.Module) -> list[list[tuple[int, int]]]:
@@ -123,7 +113,10 @@ def _cache_shapes(model: nn.Module) -> list[list[tuple[int, int]]]:
 
 
 def first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+    """What ``error`` says, or the error that it wraps (torch.onnx wraps all), without colours of a terminal."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = _COLOUR.sub("", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 

@@ -103,6 +103,11 @@ class Several(Crew):
             names += [name for name in group if name not in names]
             joined |= dict.fromkeys(group, names)
         for names in {id(names): names for names in joined.values()}.values():
+            if any(sum(not set(names).isdisjoint(group) for group in groups) > 1 for groups in found):
+                raise SparseRTError(
+                    f"{', '.join(names)} were called with one input in one process and with several in another; leave "
+                    "one of them dense with --ignore, or convert in one process"
+                )
             self._add_up(stats.join(names))
 
     def _add_up(self, stats: ActivationStats) -> None:

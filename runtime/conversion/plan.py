@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -127,7 +128,7 @@ class Plan:
         """Bytes of the whole model and coverage in percent of the bytes of all linear weights."""
         linear = sum(d.dense_bytes for d in self.decisions.values())
         covered = sum(d.dense_bytes for d in self.decisions.values() if d.pattern)
-        before, after = self._other_bytes() + linear, self.compressed_bytes(self.sparsity)
+        before, after = sum(self._other_sizes()) + linear, self.compressed_bytes(self.sparsity)
         return {
             "dense_bytes": before,
             "compressed_bytes": after,
@@ -138,15 +139,18 @@ class Plan:
 
     def compressed_bytes(self, assumed_sparsity: float) -> int:
         """Bytes of all tensors of the result; where the data decides, ``assumed_sparsity`` stands in."""
-        return self._other_bytes() + sum(d.stored_bytes(assumed_sparsity) for d in self.decisions.values())
+        return sum(self.stored_sizes(assumed_sparsity))
 
-    def _other_bytes(self) -> int:
+    def stored_sizes(self, assumed_sparsity: float) -> Iterator[int]:
+        """Bytes of each tensor of the result, of a compressed weight all of its tensors."""
+        yield from self._other_sizes()
+        yield from (decision.stored_bytes(assumed_sparsity) for decision in self.decisions.values())
+
+    def _other_sizes(self) -> Iterator[int]:
         """Of what is no weight of a linear module."""
-        return sum(
-            tensor.numel * self.stored_dtype(tensor).itemsize
-            for key, tensor in self.source.tensors.items()
-            if key not in self.decisions
-        )
+        for key, tensor in self.source.tensors.items():
+            if key not in self.decisions:
+                yield tensor.numel * self.stored_dtype(tensor).itemsize
 
     def pruned_in(self, index: int) -> list[Decision]:
         """The weights of block ``index`` that are compressed, in the order of the file."""

@@ -19,7 +19,8 @@ def disk_bytes(plan: Plan, assumed_sparsity: float) -> int:
     ask for their room themselves.
     """
     output = plan.compressed_bytes(assumed_sparsity)
-    return output + min(output, parse_size(plan.options.max_shard_size))
+    largest = max(plan.stored_sizes(assumed_sparsity), default=0)  # a shard holds one tensor at least
+    return output + min(output, max(largest, parse_size(plan.options.max_shard_size)))
 
 
 def refuse_full_disk(plan: Plan, output: Path) -> None:
@@ -31,8 +32,9 @@ def refuse_full_disk(plan: Plan, output: Path) -> None:
     existing = next(parent for parent in output.absolute().parents if parent.is_dir())
     partial = partial_path(output)
     left = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file()) if partial.is_dir() else 0
-    free = shutil.disk_usage(existing).free + left
-    if needed > free:
+    usage = shutil.disk_usage(existing)
+    free = usage.free + left
+    if needed > free and usage.total:  # some network and user-space file systems say 0 of 0
         raise UserError(
             f"the conversion needs {size(needed)} on the disk of {output}, the result and one shard of it twice, and "
             f"{size(free)} are free there; make room, choose another --output-dir, or lower --max-shard-size"

@@ -15,6 +15,20 @@ from sparse_rt.families import CheckpointNames, empty_model, split_experts
 LINEAR, TIED, FUSED, FOREIGN, UNKNOWN, OTHER = "linear", "tied", "fused", "foreign", "unknown", "other"
 
 
+def _multiplies(module: nn.Module) -> bool:
+    """Whether ``module``, on the meta device, is an ``nn.Linear`` that gives its product.
+
+    Routers of experts may be a subclass that gives a choice (Phi-MoE).
+    """
+    if not isinstance(module, nn.Linear) or type(module).forward is nn.Linear.forward:
+        return isinstance(module, nn.Linear)
+    try:
+        y = module(module.weight.new_empty(2, module.in_features))
+    except Exception:  # another signature, or a look at values that are not there
+        return False
+    return isinstance(y, Tensor) and y.shape == (2, module.out_features)
+
+
 class Structure:
     """The empty model of a checkpoint and what its parameters are; experts are linear layers of their own.
 
@@ -27,7 +41,7 @@ class Structure:
         self.names = CheckpointNames(model)
         self.modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.linears = {name: module for name, module in self.modules.items() if isinstance(module, nn.Linear)}
+        self.linears = {name: module for name, module in self.modules.items() if _multiplies(module)}
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
         tied = embedding is not None and head is not None and head.weight is embedding.weight
         self.tied_head = next((name for name, module in self.modules.items() if module is head), None) if tied else None

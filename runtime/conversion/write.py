@@ -287,7 +287,7 @@ def _statistics(plan: Plan, runner: BlockRunner, index: int, sequences: int, cre
         runner.open(index)
         if plan.options.reconstruct:
             runner.advance_dense(index)
-        runner.collect(index, stats.observers)
+        runner.collect(index, stats.observers, begin=stats.begin)
         stats.finish()
         release()
     crew.reduce(stats)

@@ -21,16 +21,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from sparse_rt.checkpoint import INDEX_NAME, QUANT_METHOD, Checkpoint, SparseConfig, read_header, sparse_header
 from sparse_rt.checkpoint.header import METADATA_KEY
 from sparse_rt.errors import FormatError, UserError
-from sparse_rt.families import CheckpointNames, SplitExperts, split_experts
+from sparse_rt.families import CheckpointNames, SplitExperts, empty_model, split_experts
 from sparse_rt.families.names import saved_names
 from sparse_rt.formats import VALUES_NAME
 from sparse_rt.formats import wrapper as wrappers
 from sparse_rt.formats.int8 import INT8
 from sparse_rt.hf.widen import Widening
 from sparse_rt.nn import SparseLinear, sparse_linears
-
-# A layer of one of several equal blocks.
-IN_BLOCK = re.compile(r"\.\d+\.")
 
 
 class SparseRTConfig(QuantizationConfigMixin):
@@ -220,13 +217,11 @@ def _names_with_experts(model: nn.Module, checkpoint: Checkpoint) -> CheckpointN
 
 
 def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Checkpoint) -> list[str]:
-    """The linear layers of ``model`` that transformers will draw, because ``checkpoint`` is of another class.
+    """The linear layers of ``model`` that transformers will draw, because ``checkpoint`` is of a class without them.
 
-    Such a class may bring layers outside of the blocks (a classifier, a pooler); everything else that config.json
-    announces compressed must be so, else ``FormatError``. ``dense``: parameter -> name in the checkpoint, without
-    ".weight".
+    Those are a classifier or a pooler; everything else that config.json announces compressed must be so, else
+    ``FormatError``. ``dense``: parameter -> name in the checkpoint, without ".weight".
     """
-    other_class = type(model).__name__ not in (getattr(model.config, "architectures", None) or [type(model).__name__])
     new = []
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
@@ -235,7 +230,7 @@ def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Ch
         patterns = [checkpoint.quantization.pattern_for(one) for one in {name, key or name}]
         if None in patterns:
             continue
-        if key is None and other_class and not IN_BLOCK.search(name):
+        if key is None and _is_new(name, model, checkpoint.folder):
             new.append(name)
             continue
         found = "convert the model again" if key is None else "only a dense weight is stored"
@@ -243,6 +238,19 @@ def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Ch
             f"tensor {key or name}.weight_values is missing: config.json announces a {patterns[0]} weight, {found}"
         )
     return new
+
+
+def _is_new(name: str, model: nn.Module, folder: Path) -> bool:
+    """Whether layer ``name`` of ``model`` is none of the class that ``folder`` was converted from."""
+    if type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__]):
+        return False
+    try:
+        own = empty_model(folder)
+    except UserError:  # a class that transformers does not know: nothing is known of its layers
+        return False
+    prefix = f"{own.base_model_prefix}."
+    known = {module for module, _ in own.named_modules()}
+    return known.isdisjoint({name, name.removeprefix(prefix), f"{prefix}{name}"})
 
 
 # Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.

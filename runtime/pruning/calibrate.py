@@ -112,10 +112,17 @@ class BlockRunner:
         return block
 
     @torch.no_grad()
-    def collect(self, index: int, observers: Mapping[str, Observer], advance: bool = False) -> None:
+    def collect(
+        self,
+        index: int,
+        observers: Mapping[str, Observer],
+        advance: bool = False,
+        begin: Callable[[], None] = lambda: None,
+    ) -> None:
         """Feed the inputs of the linears named in ``observers`` (names inside the block), one sequence at a time.
 
-        ``advance`` keeps the outputs as the method of that name does, which spares a second run.
+        ``begin`` is called before each. ``advance`` keeps the outputs as the method of that name does, which spares a
+        second run.
         """
         modules = dict(self.blocks[index].named_modules())
 
@@ -128,6 +135,7 @@ class BlockRunner:
         ]
         try:
             for sequence, hidden in enumerate(self.hidden):
+                begin()
                 output = self._run(index, sequence, hidden)
                 if advance:
                     self.hidden[sequence] = output

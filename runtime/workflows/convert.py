@@ -104,7 +104,8 @@ def _convert(options: ConvertOptions, progress: Progress, crew: Crew, device: to
         refuse_alone(crew, alone | {"--ratios owl": options.ratios == "owl"})
         if options.dry_run:
             return dry_run(plan, device, progress) if crew.leads else None
-        refuse_full_disk(plan, output)
+        if crew.leads:  # the others write nothing
+            refuse_full_disk(plan, output)
         if not plan.pruner.prunes:
             progress.stage("looking for zeros")
             refuse_unpruned(source, plan.decisions.values())

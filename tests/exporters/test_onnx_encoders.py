@@ -1,6 +1,8 @@
 """Encoders and classifiers as ONNX: every output equals torch's, the README's program runs, the rest is refused."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -54,7 +56,7 @@ def test_every_output_agrees_with_torch(tmp_path, family, auto, pattern, options
     check = exported(source, tmp_path / "onnx", **options)["check"]
     exact = options.get("form", "function") == "function" and "values" not in options
     assert check["weights_equal"] == len(Checkpoint.open(source).weights) > 0
-    for run in ("whole", "padded_batch"):
+    for run in ("whole", "padded_batch", "long"):
         assert check[f"{run}_max_difference"] < 1e-5 * max(1.0, check["output_scale"])
         if exact:
             assert check[f"native_{run}_max_difference"] < 1e-5 * max(1.0, check["output_scale"])
@@ -142,4 +144,26 @@ def test_what_cannot_be_exported_or_generated_is_said(bert, tmp_path):
     both = compressed(tmp_path / "both", "t5", auto="AutoModelForSeq2SeqLM")
     with pytest.raises(UserError, match="has an encoder and a decoder, and the ONNX export writes models of one of"):
         exported(both, tmp_path / "onnx")
+    config = json.loads((classifier / "config.json").read_text())
+    (classifier / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+    with pytest.raises(UserError, match="looks at the tokens that follow"):
+        exported(classifier, tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_file_that_onnxruntime_does_not_open_fails_the_check(bert, tmp_path):
+    source, output, _ = bert
+    for file in output.iterdir():
+        shutil.copy(file, tmp_path)
+    proto = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)
+    next(node for node in proto.graph.node if node.op_type == "LayerNormalization").op_type = "InstanceNormalization"
+    (tmp_path / "model.onnx").write_bytes(proto.SerializeToString())
+    with pytest.raises(CheckFailed, match=r"model\.onnx"):
+        OnnxExporter().check(source, tmp_path)
+
+
+def test_as_many_labels_as_a_text_has_tokens(tmp_path):
+    """Seventeen, as many as the check's texts have: a label is for the whole text all the same."""
+    source = compressed(tmp_path, "bert", auto=TEXTS, num_labels=17)
+    check = exported(source, tmp_path / "onnx")["check"]
+    assert check["padded_batch_max_difference"] < 1e-5

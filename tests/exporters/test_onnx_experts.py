@@ -16,6 +16,7 @@ from sparse_rt.exporters.onnx import session, which_kernel
 from sparse_rt.exporters.onnx.experts import Experts, branches
 from sparse_rt.exporters.onnx.exporter import OnnxExporter
 from sparse_rt.exporters.onnx.graph import all_nodes
+from sparse_rt.families.experts import _split_class
 from sparse_rt.hf.load import load
 from sparse_rt.workflows.export import export
 from sparse_rt.workflows.generate import generate
@@ -175,3 +176,40 @@ def test_experts_that_compute_in_a_way_of_their_own_are_refused(mixtral, tmp_pat
     with pytest.raises(UserError, match=r"the experts model\.layers\.0\.mlp\.experts \(MixtralExperts\) have gate_up_"):
         export(ExportOptions.build(**given))
     assert not (tmp_path / "out").exists()
+    fused = compressed(tmp_path / "fused", "gpt_oss")
+    with pytest.raises(UserError, match=r"the experts model\.layers\.0\.mlp\.experts are one tensor with three dim"):
+        export(ExportOptions.build(model=str(fused), output_dir=tmp_path / "out", to="onnx"))
+
+
+def test_blocks_that_compute_differently_between_their_products(tmp_path, monkeypatch, request):
+    """Every second block limits what goes into its second product (as Step 3.7 does by a table)."""
+    from transformers.models.mixtral import modeling_mixtral as mixtral_code
+
+    made, built = mixtral_code.MixtralExperts.__init__, []
+
+    def limited(self, *arguments, **named):
+        made(self, *arguments, **named)
+        self.limit = 0.001 if len(built) % 2 else 1e6
+        built.append(self)
+
+    def apply_gate(self, x):
+        gate, up = x.chunk(2, dim=-1)
+        return self.act_fn(gate).clamp(max=self.limit) * up.clamp(-self.limit, self.limit)
+
+    def forward(self, hidden_states, top_k_index, top_k_weights):
+        total = torch.zeros_like(hidden_states)
+        for expert in range(self.num_experts):
+            rows, places = torch.where(top_k_index == expert)
+            if len(rows):
+                inner = self._apply_gate(torch.nn.functional.linear(hidden_states[rows], self.gate_up_proj[expert]))
+                y = torch.nn.functional.linear(inner, self.down_proj[expert]) * top_k_weights[rows, places, None]
+                total.index_add_(0, rows, y)
+        return total
+
+    monkeypatch.setattr(mixtral_code.MixtralExperts, "__init__", limited)
+    monkeypatch.setattr(mixtral_code.MixtralExperts, "_apply_gate", apply_gate)
+    monkeypatch.setattr(mixtral_code.MixtralExperts, "forward", forward)
+    _split_class.cache_clear()  # it keeps the forward of a class
+    request.addfinalizer(_split_class.cache_clear)
+    source = compressed(tmp_path, "mixtral", initializer_range=0.2)
+    assert exported(source, tmp_path / "onnx")["check"]["greedy_equal"] == 64

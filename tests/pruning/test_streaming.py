@@ -72,7 +72,7 @@ def test_linears_with_one_input_share_their_statistics(folder):
     width = {name: m.in_features for name, m in block.named_modules() if isinstance(m, torch.nn.Linear)}
     shared = SharedStats(list(width), lambda name: ActivationStats(width[name], gram=True, expected_sequences=3))
     alone = {name: ActivationStats(n, gram=True, expected_sequences=3) for name, n in width.items()}
-    runner.collect(0, shared.observers)
+    runner.collect(0, shared.observers, begin=shared.begin)
     runner.collect(0, alone)
     shared.finish()
     groups = {frozenset(name.rpartition(".")[2].removesuffix("_proj") for name in group) for group in shared.groups()}
@@ -92,6 +92,7 @@ def test_an_input_that_is_shared_only_sometimes_is_refused():
     x = torch.randn(3, 4)
     shared.observers["a"].add(x)
     shared.observers["b"].add(x)
+    shared.begin()
     shared.observers["a"].add(x)
     with pytest.raises(SparseRTError, match="b was called with the input of a for some calibration sequences"):
         shared.observers["b"].add(x.clone())
@@ -99,3 +100,28 @@ def test_an_input_that_is_shared_only_sometimes_is_refused():
     lonely.observers["a"].add(x)
     lonely.observers["b"].add(x.mul_(2))  # the same tensor, changed in place
     assert lonely.groups() == [["a"], ["b"]]
+
+
+@pytest.mark.parametrize("order", ["qkv then kq", "qk then q then v", "q then q then kv", "qv then k again later"])
+def test_a_linear_that_is_called_twice_for_a_sequence_leaves_the_others_alone(order):
+    """Statistics are those of each linear's own calls, whoever shared its first input."""
+    calls = {
+        "qkv then kq": ["q0", "k0", "v0", "k1", "q1"],
+        "qk then q then v": ["q0", "k0", "q1", "v0"],
+        "q then q then kv": ["q0", "q1", "k0", "v0"],
+        "qv then k again later": ["q0", "v0", "k0", "k1", "k1"],
+    }[order]
+    names = ["q", "k", "v"]
+    shared = SharedStats(names, lambda name: ActivationStats(6, gram=True, expected_sequences=2))
+    alone = {name: ActivationStats(6, gram=True, expected_sequences=2) for name in names}
+    for _ in range(2):
+        inputs = [torch.randn(5, 6), torch.randn(3, 6)]
+        shared.begin()
+        for name, number in calls:
+            shared.observers[name].add(inputs[int(number)])
+            alone[name].add(inputs[int(number)])
+    shared.finish()
+    for name in names:
+        found = shared.pop(name)
+        assert (found.sequences, found.tokens) == (alone[name].sequences, alone[name].tokens), name
+        assert torch.equal(found.gram, alone[name].gram) and torch.equal(found.sample(), alone[name].sample()), name

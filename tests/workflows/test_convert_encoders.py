@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import helpers
@@ -170,26 +172,36 @@ def test_a_classifier_on_a_compressed_model_is_trained_merged_and_loaded_again(t
     assert all(torch.equal(module.metadata, masks[name]) for name, module in sparse_linears(again))
 
 
-def test_a_layer_of_a_block_is_never_drawn(tmp_path, text):
-    """Not in another class either: that a weight is gone must not pass for a new head."""
-    source = helpers.tiny_model(tmp_path / "source", "bert", auto="AutoModelForMaskedLM")
-    run(source, tmp_path / "out", text)
-    transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
+LOST = [
+    ("bert", "AutoModelForMaskedLM", "bert.encoder.layer.1.output.dense", "AutoModelForSequenceClassification"),
+    (
+        "albert",
+        "AutoModelForMaskedLM",
+        "albert.encoder.embedding_hidden_mapping_in",
+        "AutoModelForSequenceClassification",
+    ),
+    ("opt", "AutoModelForCausalLM", "model.decoder.project_in", "AutoModel"),
+]
 
+
+@pytest.mark.parametrize(("family", "auto", "lost", "other"), LOST)
+def test_a_layer_that_was_lost_does_not_pass_for_a_new_one(tmp_path, family, auto, lost, other):
+    """Neither its tensors nor the header have it; config.json and the class that was converted say it was there."""
+    sizes = {"word_embed_proj_dim": 32} if family == "opt" else {}
+    source = helpers.tiny_model(tmp_path / "source", family, auto=auto, **sizes)
+    options = dict(model=str(source), output_dir=tmp_path / "out", method="magnitude", ignore=["lm_head"])
+    convert(ConvertOptions.build(**options))
+    getattr(transformers, auto).from_pretrained(tmp_path / "out").save_pretrained(tmp_path / "again")
     (file,) = (tmp_path / "again").glob("*.safetensors")
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
-    lost = "bert.encoder.layer.1.output.dense"
     sparse = json.loads(header[METADATA_KEY])
     del sparse["weights"][lost]
     tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(f"{lost}.weight")}
     save_file(tensors, file, metadata=header | {METADATA_KEY: json.dumps(sparse)})
-    message = rf"tensor {lost}\.weight_values is missing: config\.json announces a 2:4"
-    for auto in ("AutoModelForMaskedLM", "AutoModelForSequenceClassification"):
-        with pytest.raises(FormatError, match=message):
-            getattr(transformers, auto).from_pretrained(tmp_path / "again")
+    for class_name in (auto, other):
+        with pytest.raises(FormatError, match=r"tensor [\w.]+\.weight_values is missing: config\.json announces a 2:4"):
+            getattr(transformers, class_name).from_pretrained(tmp_path / "again")
 
 
 def test_sequences_are_no_longer_than_the_positions_of_the_model(tmp_path, text):

@@ -29,10 +29,11 @@ FAMILIES = {
     "gpt_neox": (CAUSAL, 4, 2, ["embed_out"]),
     "mixtral": (CAUSAL, 4 + 4 * 3, 2, ["lm_head", *(f"model.layers.{i}.block_sparse_moe.gate" for i in range(2))]),
     "qwen3_moe": (CAUSAL, 4 + 8 * 3, 2, ["lm_head", *(f"model.layers.{i}.mlp.gate" for i in range(2))]),
+    "phimoe": (CAUSAL, 4 + 4 * 3, 2, ["lm_head", *(f"model.layers.{i}.block_sparse_moe.gate" for i in range(2))]),
     "bert": (MASKED, 6, 2, ["cls.predictions.transform.dense"]),
     "roberta": (MASKED, 6, 2, ["lm_head.dense"]),
     "distilbert": (MASKED, 6, 2, ["vocab_transform"]),
-    "deberta": (MASKED, 8, 2, ["cls.predictions.transform.dense"]),
+    "deberta": (MASKED, 6, 2, ["cls.predictions.transform.dense"]),
     "modernbert": (MASKED, 4, 2, ["head.dense"]),
 }
 METHODS = {"magnitude": {}, "wanda": dict(pattern="unstructured", sparsity=0.6)}
