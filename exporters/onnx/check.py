@@ -139,7 +139,7 @@ def compare_runs(
 def _compare_outputs(reference: torch.nn.Module, model: EncoderModel, tolerance: float) -> dict[str, Any]:
     """Every output for one text, for three padded on the right (where no padding is), and for a long one."""
     ids, mask = _prompt(reference)
-    positions = getattr(reference.config, "max_position_embeddings", _LONG)
+    positions = getattr(reference.config, "max_position_embeddings", None) or _LONG
     long = np.resize(ids, (1, max(1, min(_LONG, positions - _PADDING))))  # RoBERTa's first two positions are no token's
     right = mask[:, ::-1].copy()
     runs = {"whole": (ids[:1], mask[:1]), "padded_batch": (ids, right), "long": (long, np.ones_like(long))}
