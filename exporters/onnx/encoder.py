@@ -86,7 +86,8 @@ def _load_read_tables(wrapper: _Encoder, arguments: tuple) -> None:
     tables = {module for module in wrapper.modules() if hasattr(module, "load_table")}
     called: set[nn.Module] = set()
     hooks = [module.register_forward_pre_hook(lambda module, args: called.add(module)) for module in tables]
-    with torch.no_grad(), contextlib.suppress(Exception):  # what such a model does with a table on the meta device
+    # Such a model may fail on a table that is not there; any other failure comes again in the run that follows.
+    with torch.no_grad(), contextlib.suppress(Exception):
         wrapper.run(*arguments)
     for hook in hooks:
         hook.remove()

@@ -36,6 +36,7 @@ def refuse_full_disk(plan: Plan, output: Path) -> None:
     free = usage.free + left
     if needed > free and usage.total:  # some network and user-space file systems say 0 of 0
         raise UserError(
-            f"the conversion needs {size(needed)} on the disk of {output}, the result and one shard of it twice, and "
-            f"{size(free)} are free there; make room, choose another --output-dir, or lower --max-shard-size"
+            f"the conversion needs {size(needed)} on the disk of {output}, for the result and, once more, the shard "
+            f"that is being written; {size(free)} are free there: make room, choose another --output-dir, or lower "
+            "--max-shard-size"
         )

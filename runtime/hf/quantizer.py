@@ -6,6 +6,7 @@ model.safetensors", because the shards of a converted model carry names of their
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -222,7 +223,7 @@ def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Ch
     Those are a classifier or a pooler; everything else that config.json announces compressed must be so, else
     ``FormatError``. ``dense``: parameter -> name in the checkpoint, without ".weight".
     """
-    new = []
+    new, known = [], None
     for name, module in model.named_modules():
         if type(module) is not nn.Linear:
             continue
@@ -230,7 +231,9 @@ def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Ch
         patterns = [checkpoint.quantization.pattern_for(one) for one in {name, key or name}]
         if None in patterns:
             continue
-        if key is None and _is_new(name, model, checkpoint.folder):
+        if key is None and known is None:
+            known = _known_modules(model, checkpoint.folder)
+        if key is None and name not in known:
             new.append(name)
             continue
         found = "convert the model again" if key is None else "only a dense weight is stored"
@@ -240,17 +243,14 @@ def new_layers(model: nn.Module, dense: Mapping[str | None, str], checkpoint: Ch
     return new
 
 
-def _is_new(name: str, model: nn.Module, folder: Path) -> bool:
-    """Whether layer ``name`` of ``model`` is none of the class that ``folder`` was converted from."""
-    if type(model).__name__ in (getattr(model.config, "architectures", None) or [type(model).__name__]):
-        return False
-    try:
-        own = empty_model(folder)
-    except UserError:  # a class that transformers does not know: nothing is known of its layers
-        return False
-    prefix = f"{own.base_model_prefix}."
-    known = {module for module, _ in own.named_modules()}
-    return known.isdisjoint({name, name.removeprefix(prefix), f"{prefix}{name}"})
+def _known_modules(model: nn.Module, folder: Path) -> set[str]:
+    """What the class that ``folder`` was converted from calls its modules, with and without its base model's prefix."""
+    own = model
+    if type(model).__name__ not in (getattr(model.config, "architectures", None) or [type(model).__name__]):
+        with contextlib.suppress(UserError):  # transformers has no such class: then none of the layers counts as new
+            own = empty_model(folder)
+    prefix, names = f"{own.base_model_prefix}.", {name for name, _ in own.named_modules()}
+    return names | {name.removeprefix(prefix) for name in names} | {prefix + name for name in names}
 
 
 # Guarded: the module may be executed again after a failed import, and transformers refuses a second registration.

@@ -42,7 +42,7 @@ def test_room_for_the_result_and_one_shard_is_needed(model, free, tmp_path, shar
     chosen = options(model, tmp_path / "new" / "out", max_shard_size=shard)
     needed = convert(chosen.model_copy(update={"dry_run": True}))["needed_disk_bytes"]
     free(needed - 1)
-    with pytest.raises(UserError, match=r"needs .*B on the disk of .*out, .* are free there; make room.*--max-shard"):
+    with pytest.raises(UserError, match=r"needs .*B on the disk of .*out, .* are free there: make room.*--max-shard"):
         convert(chosen)
     assert not list(tmp_path.iterdir())
     free(needed)

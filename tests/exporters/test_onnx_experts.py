@@ -38,6 +38,7 @@ def mixtral(tmp_path_factory):
         ("qwen3_moe", "4:8", {"form": "inline", "opset": 18}),
         ("mixtral", "unstructured", {"values": "int8"}),
         ("mixtral", "2:4", {"form": "dense"}),
+        ("phimoe", "2:4", {}),
     ],
 )
 def test_logits_and_tokens_are_those_of_torch(tmp_path, family, pattern, options):
